@@ -47,7 +47,8 @@ def drill(as_json: bool) -> None:
     fault did not fire its alert.
     """
     try:
-        from ..sandbox.drill import run_drill  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.drill import run_drill  # noqa: PLC0415
+        from ..sandbox.simulator import server  # noqa: F401, PLC0415 - of the extra `demo`, for the drill's vLLM servers
     except ModuleNotFoundError as error:
         _fail_without_extra(error)
     exit_status(_play(lambda: run_drill(_print_as(as_json))))

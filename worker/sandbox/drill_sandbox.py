@@ -83,12 +83,14 @@ class DrillSandbox:
             raise SandboxFailed(str(error)) from None
 
     async def _wait_answers(self, http: httpx.AsyncClient, url: str) -> None:
-        while all(process.poll() is None for process in (*self._servers, *self._workers)):
+        while True:
+            for process in (*self._servers, *self._workers):
+                if process.poll() is not None:
+                    raise ChildProcessError(self._programs.why_ended(process))
             with suppress(httpx.TransportError):
                 if (await http.get(url)).is_success:
                     return
             await asyncio.sleep(0.05)
-        raise ChildProcessError("a process of the drill ended: start `worker run` by hand to see why")
 
     @asynccontextmanager
     async def kill_worker(self) -> AsyncIterator[None]:

@@ -1,13 +1,14 @@
 """Child processes of the demo and the drill, which end with their context or this process, and lines of progress."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from ..contract.entries import Object
 from .orphans import OrphanGuard, guarded_folder
@@ -66,6 +67,12 @@ class Programs:
     def start_own(self, *arguments: str, **variables: str) -> "subprocess.Popen[bytes]":
         """Start a command of this package, such as `run`."""
         return self.start([sys.executable, "-m", __name__.partition(".")[0], *arguments], **variables)
+
+    def why_ended(self, process: "subprocess.Popen[bytes]") -> str:
+        """The command, the exit status and the last line of a process that has ended."""
+        lines = (self.folder / f"{self._processes.index(process)}.log").read_text(errors="replace").splitlines()
+        command = shlex.join(map(str, cast("list[str]", process.args)))
+        return f"{command} ended with {process.returncode}: {lines[-1] if lines else 'it printed nothing'}"
 
     def end(self) -> None:
         """End all processes."""

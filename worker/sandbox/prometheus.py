@@ -70,6 +70,7 @@ class Prometheus:
             f"rule_files: [rules-*.yaml]\nscrape_configs:\n{jobs}"
         )
         port = free_port()
+        self._programs = programs
         self._process = programs.start([
             program, "--config.file=prometheus.yml", "--storage.tsdb.path=data",
             f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
@@ -94,7 +95,7 @@ class Prometheus:
 
     async def _has_scraped(self) -> bool:
         if self._process.poll() is not None:
-            raise ChildProcessError("prometheus ended: run it by hand to see why")
+            raise ChildProcessError(self._programs.why_ended(self._process))
         try:
             if (await self._http.get("/-/ready")).status_code != 200:
                 return False
