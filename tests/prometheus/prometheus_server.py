@@ -11,7 +11,7 @@ from waits import eventually
 from worker.sandbox.programs import start_programs
 from worker.sandbox.prometheus import Prometheus
 
-_GUARD = 150.0
+_GUARD = 240.0
 """Seconds until an alert fires, or until Prometheus serves, at the latest: only for a test that would hang."""
 
 

@@ -10,12 +10,12 @@ from prometheus_server import find_program
 
 from worker.contract.entries import Object
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 async def test_each_fault_fires_its_alerts_and_no_reader_loses_text() -> None:
     find_program("prometheus")
-    async with started("drill", "--json") as process, asyncio.timeout(350):
+    async with started("drill", "--json") as process, asyncio.timeout(500):
         out, err = await process.communicate()
     assert (process.returncode, err.decode()) == (0, ""), out.decode()
     lines: list[Object] = [json.loads(line) for line in out.decode().splitlines()]
