@@ -6,7 +6,6 @@ Prometheus scrapes real workers and gateways. Windows and `for` are a thirtieth 
 import asyncio
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -24,7 +23,6 @@ from replicas import replica_process
 from waits import eventually
 
 from worker import Client
-from worker.broker.control import Control
 from worker.contract.entries import Started, to_fields
 from worker.contract.ids import EntryId
 from worker.contract.keys import Keys
@@ -197,20 +195,6 @@ async def test_a_queue_that_grows_and_jobs_that_wait_long(
             await client.enqueue(ask(simulate={"tokens": 4, "rate": 2}))
         async with kept_busy(client, simulate={"tokens": 4, "rate": 2}):
             await until_fired(server, "QueueGrows", "JobsWaitLong")
-
-
-async def test_a_queue_whose_pause_was_forgotten(
-    start_process: StartProcess, simulator: Simulator, client: Client, redis: Redis
-) -> None:
-    port = free_port()
-    start_process(simulator, metrics=at(port))
-    await eventually(client.is_served)
-    control = Control(redis, Keys(), lambda: round(time.time() * 1000))
-    await control.pause("default", by="operator@host")
-    async with prometheus({WORKER: [port]}) as server:
-        await until_fired(server, "QueueStaysPaused")
-        assert await control.resume("default")
-        await eventually(lambda: server.query("vllm_relay_queue_paused == 0"))
 
 
 async def test_a_worker_that_stood_still_has_lost_its_leases(

@@ -18,13 +18,14 @@ from worker.sandbox.simulator.server import Simulator
 ALERTS = ROOT / "deploy/alerts.yaml"
 SITUATIONS = Path(__file__).with_name("alerts_test.yaml")
 FAULTS = Path(__file__).with_name("test_faults.py")
+pytestmark = pytest.mark.timeout(600)  # as in test_faults.py, beside which these tests run
 
 
 def promtool(*arguments: object, stdin: str = "") -> str:
     """The standard output of a run that succeeds."""
     program = find_program("promtool")
     done = subprocess.run(
-        [program, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=170, check=False
+        [program, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
