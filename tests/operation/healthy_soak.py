@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from installation import read_status, start_installation, watching
 
