@@ -11,6 +11,7 @@ import pytest
 import topology
 from acl import PASSWORD, acl
 from conftest import StartProcess, StartSimulator, StartWorker, stream
+from lifecycle_records import KEY, LOSSES, MIB, write_records
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from topology import MEDDLING, chat_request, expected, settled, whole
@@ -19,10 +20,12 @@ from written_log import let_deadline_pass
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
 from worker.broker.job_queue import JobQueue
+from worker.broker.lifecycle_group import LifecycleGroup
+from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.contract.ids import SEAL
 from worker.contract.keys import GROUP, Keys
 from worker.ops.checks import check
-from worker.redisio.clients import command_client
+from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.cluster import ClusterClient, server_of, slot_of
 from worker.redisio.errors import is_transient
 from worker.redisio.pipelined import NodeConnections, Outcome, pack
@@ -94,6 +97,22 @@ async def test_consumers_of_dead_workers_are_removed_at_every_master(redis: Redi
         await jobs.remove_stale_consumers(queue, [], 0)
         assert await redis.xinfo_consumers(Keys().jobs(queue), GROUP) == []
     assert len({(await server_of(redis, Keys().jobs(queue))).connection_pool for queue in queues}) == 3
+
+
+async def test_a_group_reads_the_lifecycle_and_what_it_lost_is_counted(redis: Redis, cluster_url: str) -> None:
+    blocking = blocking_client(cluster_url, 1)
+    group = LifecycleGroup(blocking, Keys(), "log", "consumer")
+    assert not await group.read(0.01), "it creates the group"
+    await write_records(redis, 10_000)
+    await LifecycleTrimmer(redis, Keys(), length=1, max_bytes=MIB // 4).trim()
+    kept = await redis.xlen(KEY)
+    records = await group.read(1)
+    assert group.lost == 10_000 - kept > 0
+    await group.acknowledge(records)
+    await group.losses_reported()
+    await group.leave()
+    await blocking.aclose()
+    assert await redis.hget(LOSSES, "log") == b"0"
 
 
 @pytest.fixture
