@@ -31,7 +31,7 @@ from worker.redisio.errors import is_transient
 from worker.redisio.pipelined import NodeConnections, Outcome, pack
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers")
+MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers", b"chat:queues")
 
 
 @pytest.fixture(scope="module")
