@@ -99,7 +99,8 @@ CHAOS = Document.read("tests/chaos/README.md")
 CONTRIBUTING = Document.read("CONTRIBUTING.md")
 _OTHERS = (
     SECRETS,
-    *map(Document.read, ("deploy/upgrade.md", "deploy/backup.md", "CHANGELOG.md", "tests/transcripts/README.md")),
+    *map(Document.read, ("deploy/sizing.md", "deploy/upgrade.md", "deploy/backup.md")),
+    *map(Document.read, ("CHANGELOG.md", "tests/transcripts/README.md")),
 )
 DOCUMENTS = (README, CONTRACT, API, GATEWAY, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
 
