@@ -11,7 +11,7 @@ import subprocess
 import sys
 from inspect import getmembers_static
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import httpx
@@ -41,6 +41,7 @@ from worker.contract.entries import Cancelled, Claimed, Delta, Done, Failed, Ope
 from worker.contract.job import digest
 from worker.contract.keys import Keys
 from worker.gateway.settings import GATEWAY_SOURCE
+from worker.ops.findings import Fault
 from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.requests import answer_to
 from worker.settings import WORKER_SOURCE
@@ -396,6 +397,14 @@ def test_every_log_event_is_described() -> None:
     lasting_names = {name for source in sources for name in lasting.findall(source)}
     assert len(lasting_names) > 5
     assert (names | lasting_names) - DEPLOY.first_cells == set()
+
+
+def test_every_fault_is_described_in_order() -> None:
+    faults = [name for name in get_args(Fault) if name]
+    described = re.findall(
+        r"^\| `(\w+)` ", DEPLOY.text.partition("### Faults\n")[2].partition("\n### ")[0], re.MULTILINE
+    )
+    assert described == faults
 
 
 def test_every_command_is_described() -> None:
