@@ -59,15 +59,23 @@ return found
 """)
 """Returns the number of letters, and the ids and reasons of the newest ARGV[1]: no prompt leaves Redis."""
 
-_FIND = Script("""
-for _, letter in ipairs(call('XREVRANGE', KEYS[1], '+', '-')) do
-  local fields = {}
-  for at = 1, #letter[2], 2 do fields[letter[2][at]] = letter[2][at + 1] end
-  if fields.queue == ARGV[1] and fields.job == ARGV[2] then return {letter[1], fields.reason or ''} end
+_FIND = Script(f"""
+local from = ARGV[3]
+while true do
+  local page = call('XRANGE', KEYS[1], from, '+', 'COUNT', {_PAGE})
+  for _, letter in ipairs(page) do
+    local fields = {{}}
+    for at = 1, #letter[2], 2 do fields[letter[2][at]] = letter[2][at + 1] end
+    if fields.queue == ARGV[1] and fields.job == ARGV[2] then return {{letter[1], fields.reason or ''}} end
+    from = '(' .. letter[1]
+  end
+  if #page < {_PAGE} then return {{'', ''}} end
 end
-return {'', ''}
 """)
-"""The id and the reason of the letter of a job, without its prompt. ARGV: the queue and the id of the job's entry."""
+"""The id and the reason of the letter of a job, without its prompt.
+
+ARGV: the queue, the id of the job's entry, and the time from which letters are searched.
+"""
 
 _RawLetter: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
@@ -222,9 +230,13 @@ class DeadLetters:
             (time, reason.decode("utf-8", "replace")) for time, reason in zip(times, found[1::2], strict=True)
         ]
 
-    async def find(self, queue: str, job: str) -> tuple[str, str]:
-        """The id and the reason of the letter of a job; empty if it has none. `job` is the id of its entry."""
-        letter, reason = cast("list[bytes]", await _FIND.run_on(self._redis, [self._key], [queue, job]))
+    async def find(self, queue: str, job: str, since: int) -> tuple[str, str]:
+        """The id and the reason of the letter of a job; empty if it has none since a time in Unix ms.
+
+        `job` is the id of its entry.
+        """
+        words = [queue, job, str(max(0, since))]
+        letter, reason = cast("list[bytes]", await _FIND.run_on(self._redis, [self._key], words))
         return letter.decode(), reason.decode("utf-8", "replace")
 
     async def oldest_first(self, wanted: LetterFilter) -> AsyncIterator[StoredLetter]:

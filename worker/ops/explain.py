@@ -39,6 +39,9 @@ _PAGE = 1000
 _SEARCHED_FOR = 2000
 """Milliseconds after the `queued` entry in which the job was added to its queue: the script adds both at once."""
 
+_LETTER_BEFORE_END = 60_000
+"""Milliseconds that a dead letter may be older than its request's end: the seal comes before the letter."""
+
 _FIND_JOB = Script("""
 for _, job in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', 1000)) do
   for field = 1, #job[2], 2 do
@@ -127,8 +130,9 @@ async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
         return msgspec.structs.replace(story, state="expired", outcome=tombstone.outcome)
     if story.state in {"waiting", "running"}:
         return await _locate(redis, keys, story)
-    if story.code == "buried" and story.job:
-        letter, reason = await DeadLetters(redis, keys).find(story.queue, story.job)
+    if story.code and story.job:
+        since = story.ended or story.queued
+        letter, reason = await DeadLetters(redis, keys).find(story.queue, story.job, since - _LETTER_BEFORE_END)
         return msgspec.structs.replace(story, letter=letter, buried=reason)
     return story
 

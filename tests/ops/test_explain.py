@@ -1,0 +1,116 @@
+"""The story of a request in each of its states, and that no story has content."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import cast
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from conftest import StartSimulator, StartWorker, stream
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker import Client
+from worker.broker.consumers import HANDED_OVER, WAITING
+from worker.cli.main import main
+from worker.contract.entries import to_json
+from worker.contract.keys import Keys
+from worker.ops.explain import Story, explain
+from worker.sandbox.simulator.server import Options, Scenario
+
+SECRET = "what-nobody-may-see"
+REQUEST = {"model": "reciter", "messages": [{"role": "user", "content": SECRET}]}
+
+
+@pytest.fixture(autouse=True)
+async def _no_story_has_content(redis: Redis) -> AsyncIterator[None]:
+    yield
+    for key in cast("list[bytes]", await redis.keys("chat:tokens:*")):
+        story = await explain(redis, Keys(), key.decode().partition("{")[2].rstrip("}"))
+        assert SECRET not in to_json(msgspec.to_builtins(story))
+    await redis.delete("chat:jobs", "chat:queues")
+
+
+async def story_of(redis: Redis, request_id: str) -> Story:
+    return await explain(redis, Keys(), request_id)
+
+
+async def test_a_waiting_request_has_its_place_and_what_it_waits_for(redis: Redis, client: Client) -> None:
+    ids = [await client.enqueue(REQUEST) for _ in range(3)]
+    first, *_, last = [await story_of(redis, request_id) for request_id in ids]
+    assert (first.state, first.before, last.before) == ("waiting", 0, 2)
+    assert last.waits == "a worker that takes the job"
+    assert [first.job, last.job] == [(await stream(redis, "chat:jobs"))[at][0].decode() for at in (0, -1)]
+    for consumer, waits in (
+        (f"{WAITING}-:big", "room at a vLLM server for big: the job is parked"),
+        (HANDED_OVER, "another worker, which continues the job in a moment"),
+        ("one", "its first entry by worker one, which has taken the job"),
+    ):
+        await redis.xreadgroup("workers", consumer, {"chat:jobs": ">"}, count=1)
+        story = await story_of(redis, ids.pop(0))
+        assert (story.waits, story.before) == (waits, None)
+
+
+async def test_a_request_that_went_on_elsewhere_has_its_attempts(
+    redis: Redis, client: Client, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    breaking = await start_simulator(Options(scenario=Scenario(rate=50, fault="reset", after=5, times=1)))
+    whole = await start_simulator(Options(scenario=Scenario(rate=50)))
+    await start_worker(breaking, whole)
+    request_id = await client.enqueue(REQUEST)
+    await client.result(request_id)
+
+    async def has_ended() -> bool:
+        return bool((await story_of(redis, request_id)).ended)
+
+    await eventually(has_ended)  # the tombstone's time, and the attempts
+    story = await story_of(redis, request_id)
+    assert (story.state, story.outcome, story.finish_reason) == ("ended", "done", "stop")
+    first, second = story.attempts
+    assert (first.reason, bool(second.reason), first.model) == ("", True, "reciter")
+    assert first.worker == second.worker
+    assert second.kept.startswith("1-")
+    assert first.deltas + second.deltas >= (story.usage.get("completion_tokens") or 0) > first.deltas > 0
+    assert story.started >= story.queued
+    assert story.log_for
+    assert story.tombstone_for
+    await redis.delete(Keys().tokens(request_id))
+    expired = await story_of(redis, request_id)
+    assert (expired.state, expired.outcome, expired.attempts) == ("expired", "done", ())
+
+
+async def test_a_running_request_and_one_that_was_buried(
+    redis: Redis, client: Client, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=1, tokens=100))))
+    request_id = await client.enqueue(REQUEST)
+
+    async def streams() -> bool:
+        story = await story_of(redis, request_id)
+        return story.state == "running" and story.attempts[0].deltas > 0
+
+    await eventually(streams)
+    await client.cancel(request_id)
+    await redis.xadd("chat:jobs", {"id": "bad", "request": "{"})
+
+    async def has_letter() -> bool:
+        return bool((await story_of(redis, "bad")).letter)
+
+    await eventually(has_letter)
+    story = await story_of(redis, "bad")
+    assert (story.outcome, story.code) == ("error", "invalid_job")
+    assert story.buried.startswith("the request is not JSON")
+
+
+async def test_the_command_prints_it_and_knows_nothing_of_an_unknown_request(redis_url: str, client: Client) -> None:
+    request_id = await client.enqueue(REQUEST)
+    runner = CliRunner(env={"REDIS_URL": redis_url})
+    told = await asyncio.to_thread(runner.invoke, main, ["explain", request_id])
+    assert told.exit_code == 0
+    assert told.output.startswith(f"request {request_id} · waiting\n  queue      default, job ")
+    as_json = await asyncio.to_thread(runner.invoke, main, ["explain", request_id, "--json"])
+    assert json.loads(as_json.output)["state"] == "waiting"
+    unknown = await asyncio.to_thread(runner.invoke, main, ["explain", "nobody"])
+    assert (unknown.exit_code, "neither a log nor a tombstone" in unknown.output) == (1, True)
