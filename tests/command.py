@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 import worker
 
@@ -75,3 +78,26 @@ async def line_with(stream: asyncio.StreamReader | None, text: str) -> str:
             if text in line:
                 return line
     raise AssertionError(f"the output ended without {text!r}")
+
+
+async def end_by_signal(
+    *arguments: str, line: str, signum: signal.Signals, send: Callable[[int, int], None] = os.killpg
+) -> tuple[Ended, list[psutil.Process]]:
+    """Run `worker <arguments>` until it has printed a line with this text, and send it a signal.
+
+    By default its whole group gets the signal, as by Ctrl-C in a terminal. Returns its end, and the processes that it
+    had started by then.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", *arguments,
+        stdout=PIPE, stderr=PIPE, env=environment(), start_new_session=True,
+    )  # fmt: skip
+    try:
+        await line_with(process.stdout, line)
+        children = psutil.Process(process.pid).children(recursive=True)
+        send(process.pid, signum)
+        return await rest(process), children
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()

@@ -1,15 +1,11 @@
 """The drill without Prometheus, and what it leaves behind. `tests/prometheus` runs all of it."""
 
-import asyncio
-import os
 import signal
-import sys
 from pathlib import Path
 from shutil import which
 
-import psutil
 import pytest
-from command import environment, line_with, rest
+from command import end_by_signal
 
 from worker.contract.entries import Object
 from worker.sandbox.drill import FAULTS, Outcome, Reader, run_drill
@@ -66,20 +62,8 @@ def test_a_fault_without_its_alert_fails_the_drill() -> None:
 
 
 async def test_ctrl_c_ends_the_drill_and_all_that_it_started() -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "drill",
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment(), start_new_session=True,
-    )  # fmt: skip
-    try:
-        await line_with(process.stdout, "1 of 4")
-        of_drill = psutil.Process(process.pid).children(recursive=True)
-        assert len(of_drill) >= 6, "a Redis, two servers, at least one worker, and two guards"
-        os.killpg(process.pid, signal.SIGINT)
-        ended = await rest(process)
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    ended, of_drill = await end_by_signal("drill", line="1 of 4", signum=signal.SIGINT)
+    assert len(of_drill) >= 6, "a Redis, two servers, at least one worker, and two guards"
     assert ended.status == 130
     assert ended.err == "· interrupted: every process that the drill started has ended\n"
     assert not [child for child in of_drill if child.is_running()]

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
-from command import environment, line_with, rest, run, started
+from command import end_by_signal, environment, line_with, rest, run, started
 from conftest import StartSimulator
 from redis.asyncio import Redis
 
@@ -137,20 +137,8 @@ async def test_without_any_redis_server_the_demo_imitates_one(start_simulator: S
 async def test_a_signal_ends_the_demo_and_all_that_it_started(
     signum: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "demo",
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment(), start_new_session=True,
-    )  # fmt: skip
-    try:
-        await line_with(process.stdout, "websocket │")
-        of_demo = psutil.Process(process.pid).children(recursive=True)
-        assert len(of_demo) == 5, "a Redis, two workers, and the guards of both"
-        send(process.pid, signum)
-        ended = await rest(process)
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    ended, of_demo = await end_by_signal("demo", line="websocket │", signum=signum, send=send)
+    assert len(of_demo) == 5, "a Redis, two workers, and the guards of both"
     assert ended.status == 130
     assert ended.err == "· interrupted: every process that the demo started has ended\n"
     assert not [child for child in of_demo if child.is_running()]

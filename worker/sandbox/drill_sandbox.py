@@ -102,10 +102,8 @@ class DrillSandbox:
                 running.append(float(page.partition("\nvllm_relay_jobs_running ")[2].partition("\n")[0]))
         busiest = running.index(max(running))
         self._workers[busiest].kill()
-        try:
-            yield
-        finally:
-            self._workers[busiest] = self._start_worker(self._worker_ports[busiest])
+        yield
+        self._workers[busiest] = self._start_worker(self._worker_ports[busiest])
 
     @asynccontextmanager
     async def freeze_server(self) -> AsyncIterator[None]:
