@@ -197,7 +197,7 @@ def test_the_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     (event,) = log.events
     assert isinstance(event, TracesOff)
     assert event.reason.startswith(f"{ENDPOINT} is set, and opentelemetry")
-    assert event.reason.endswith("is not installed: pip install 'vllm-relay[otel]'")
+    assert event.reason.endswith("is missing: install the extra `otel`, with pip install '.[otel]'")
 
 
 async def test_a_collector_that_does_not_answer_is_reported_and_delays_the_end_by_two_seconds(

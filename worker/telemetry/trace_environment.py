@@ -32,7 +32,7 @@ def open_traces(worker: str, telemetry: Telemetry, environment: Mapping[str, str
     try:
         from .job_spans import JobSpans  # noqa: PLC0415 - the extra `otel`
     except ImportError as error:
-        reason = f"{endpoint} is set, and {error.name} is not installed: pip install 'vllm-relay[otel]'"
+        reason = f"{endpoint} is set, and {error.name} is missing: install the extra `otel`, with pip install '.[otel]'"
         telemetry.emit(TracesOff(reason))
         return None
     try:
