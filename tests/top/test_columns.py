@@ -52,14 +52,19 @@ def test_a_narrow_table_first_shortens_texts_and_then_leaves_columns_out() -> No
 
 
 @settings(max_examples=50)
-@given(st.text(max_size=30), st.integers(0, 20))
-def test_a_shortened_text_fits_and_keeps_both_ends(text: str, width: int) -> None:
+@given(st.text(st.characters(exclude_characters="…"), max_size=30), st.integers(0, 20))
+def test_a_shortened_text_fits_and_keeps_its_ends(text: str, width: int) -> None:
     short = shortened(text, width)
     assert cell_len(short) <= width or short == text
     if cell_len(text) > width > 2:
         head, _, tail = short.partition("…")
         assert text.startswith(head)
         assert text.endswith(tail)
+
+
+def test_a_name_is_shortened_in_its_middle_and_a_sentence_at_its_end() -> None:
+    assert shortened("vllm-relay-7d9f-x2x4z", 11) == "vllm-…x2x4z"
+    assert shortened("paused by ops: upgrade", 11) == "paused by …"
 
 
 def test_columns_are_further_apart_where_there_is_room() -> None:

@@ -115,14 +115,14 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """A text in at most `width` cells. Its middle is left out, since names differ at both ends."""
+    """A text in at most `width` cells. Of a name the middle is left out, since names differ at both ends."""
     if cell_len(text) <= width:
         return text
     if width <= 1:
         return "…"[:width]
-    head = (width - 1) // 2
+    head = width - 1 if " " in text else (width - 1) // 2
     tail = width - 1 - head
-    start, end = text, text
+    start, end = text, text if tail else ""
     while cell_len(start) > head:
         start = start[:-1]
     while cell_len(end) > tail:
