@@ -228,7 +228,8 @@ async def test_the_record_of_a_worker_has_its_state_and_no_secret(
     registry = WorkerRegistry(redis, Keys())
 
     async def is_up() -> bool:
-        return any(server.state == "up" for one in (await registry.records()).values() for server in one.servers)
+        records = (await registry.records()).values()
+        return any(server.state == "up" and not one.starting for one in records for server in one.servers)
 
     await eventually(is_up)
     (written,) = (await registry.records()).values()

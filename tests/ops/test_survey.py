@@ -5,12 +5,14 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 from conftest import stream
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError
 from topology import cluster
 
 from worker import Client
@@ -181,6 +183,42 @@ async def test_a_server_is_silent_if_it_is_so_for_every_worker_that_uses_it(
     found = await survey(redis_url)
     assert [server.state for server in found.servers] == [state]
     assert [name for name in names(found) if name] == [fault][: bool(fault)]
+
+
+@pytest.mark.parametrize(
+    ("values", "parked", "fault"),
+    [
+        ({"running": 8}, False, ""),  # all slots are in use
+        ({"paused": "vllm_full"}, False, "vllm_full"),
+        ({}, True, "vllm_full"),
+        ({"draining": True}, False, "queue_unserved"),
+    ],
+)
+async def test_jobs_that_wait_long_are_a_fault_of_full_servers_and_not_of_full_slots(
+    values: dict[str, Any], redis: Redis, redis_url: str, write: Write, *, parked: bool, fault: str
+) -> None:
+    await write("a", **values)
+    seconds, _ = await redis.time()
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    await redis.xadd("chat:jobs", {"id": "x"}, id=f"{(seconds - 1) * 1000}-0")
+    assert names(await survey(redis_url)) == [name for name in [fault] if name == "queue_unserved"], "not so long"
+    await redis.delete("chat:jobs")
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    await redis.xadd("chat:jobs", {"id": "x"}, id=f"{(seconds - 20) * 1000}-0")
+    if parked:
+        await redis.xreadgroup("workers", f"{WAITING}-:big", {"chat:jobs": ">"})
+    assert names(await survey(redis_url)) == [fault] * bool(fault)
+
+
+async def test_texts_that_others_have_chosen_do_not_control_the_terminal(redis: Redis, redis_url: str) -> None:
+    await redis.acl_log_reset()
+    async with Redis.from_url(redis_url.replace("//", "//%1b%5b2J:x@"), protocol=2) as intruder:
+        with pytest.raises(AuthenticationError):
+            await intruder.ping()
+    lines = lines_of(await survey(redis_url))
+    await redis.acl_log_reset()
+    assert "`�[2J`" in " ".join(lines)
+    assert not any("\x1b[2J" in line for line in lines)
 
 
 async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis, redis_url: str, write: Write) -> None:

@@ -1,7 +1,6 @@
 """The command `worker explain`: the story of one request, without its content."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -9,6 +8,7 @@ import msgspec
 
 from ..contract.entries import Object, to_json
 from ..contract.keys import Keys
+from ..ops.units import duration, instant, printable
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, exit_status, json_option, request_id_argument, run_async, settings_options
 
@@ -40,7 +40,7 @@ def explain(request_id: str, as_json: bool, **options: object) -> None:
             story = await read(redis, Keys(settings.prefix, database_of(url)), request_id)
         finally:
             await redis.aclose()
-        click.echo(to_json(msgspec.to_builtins(story)) if as_json else "\n".join(_lines(story)))
+        click.echo(to_json(msgspec.to_builtins(story)) if as_json else "\n".join(map(printable, _lines(story))))
         return story.state != "unknown"
 
     exit_status(run_async(tell))
@@ -59,7 +59,7 @@ def _beginning(story: "Story") -> Iterator[tuple[str, str]]:
     if story.queue:
         yield "queue", story.queue + (f", job {story.job}" if story.job else "")
     if story.queued:
-        yield "queued", _instant(story.queued)
+        yield "queued", instant(story.queued)
     if story.waits:
         yield "waits for", story.waits + ("" if story.before is None else f"; jobs before it: about {story.before}")
     if story.waited is not None:
@@ -69,10 +69,8 @@ def _beginning(story: "Story") -> Iterator[tuple[str, str]]:
 
 
 def _end(story: "Story") -> Iterator[tuple[str, str]]:
-    from ..ops.units import duration  # noqa: PLC0415 - clients need not load it
-
     if story.ended:
-        yield "ended", _instant(story.ended) + (f", {story.finish_reason}" if story.finish_reason else "")
+        yield "ended", instant(story.ended) + (f", {story.finish_reason}" if story.finish_reason else "")
     for name, values in (("usage", story.usage), ("timings", story.timings)):
         if values:
             yield name, _pairs(msgspec.to_builtins(values))
@@ -86,7 +84,7 @@ def _end(story: "Story") -> Iterator[tuple[str, str]]:
 
 
 def _attempt(attempt: "Attempt") -> str:
-    parts = [_instant(attempt.began), f"by {attempt.worker}" if attempt.worker else "by an unknown worker"]
+    parts = [instant(attempt.began), f"by {attempt.worker}" if attempt.worker else "by an unknown worker"]
     if attempt.reason:
         parts.append(f"because of {attempt.reason}")
     if attempt.kept:
@@ -100,7 +98,3 @@ def _attempt(attempt: "Attempt") -> str:
 
 def _pairs(values: Object) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float))
-
-
-def _instant(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(sep=" ", timespec="milliseconds").replace("+00:00", " UTC")

@@ -2,14 +2,13 @@
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from itertools import chain
 
 import click
 
 from ..ops.findings import Finding
 from ..ops.survey_types import QueueState, RedisState, ServerState, Survey, WorkerState
-from ..ops.units import duration, size
+from ..ops.units import duration, instant, printable, size
 
 _WIDTH = 80
 _LEAST_NAME = 20
@@ -38,14 +37,16 @@ def _faults(survey: Survey) -> list[str]:
 
 
 def _fault(fault: Finding) -> list[str]:
-    since = datetime.fromtimestamp(fault.since / 1000, UTC).strftime(", since %H:%M:%S UTC") if fault.since else ""
+    since = f", since {instant(fault.since)}" if fault.since else ""
     first, *rest = _wrapped(f"{fault.level:<7} {fault.subject}: {fault.message}{since}", " " * 8)
     first = click.style(first[:7], fg="red" if fault.level == "error" else "yellow") + first[7:]
     return [first, *rest, *(_wrapped(f"        → {fault.fix}", " " * 10) if fault.fix else [])]
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)
+    return textwrap.wrap(
+        printable(text), _WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def _queue(queue: QueueState) -> tuple[str, ...]:
@@ -80,12 +81,14 @@ def _dead_letters(survey: Survey) -> str:
     letters = survey.dead_letters
     if letters.newest is None:
         return "dead letters: none"
-    return _cut(f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {letters.reason}", _WIDTH)
+    return _cut(
+        f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {printable(letters.reason)}", _WIDTH
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table. Its last column is cut, and the names in its first one are shortened, until it fits."""
-    found = [head, *rows]
+    found = [head, *(tuple(map(printable, row)) for row in rows)]
     if len(found) == 1:
         return []
     widths = [max(len(row[column]) for row in found) for column in range(len(head))]

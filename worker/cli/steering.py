@@ -1,7 +1,6 @@
 """The commands that steer running workers: `worker pause`, `worker resume` and `worker drain`."""
 
 import asyncio
-import datetime as dt
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -12,6 +11,7 @@ import click
 from ..contract.entries import Object, to_json
 from ..contract.keys import Keys, is_queue_name
 from ..contract.records import ControlEntry, WorkerRecord
+from ..ops.units import instant, printable
 from ..settings import load_settings
 from .group import Interrupted
 from .options import CLIENT_OPTIONS, exit_status, json_option, run_async, settings_options
@@ -25,8 +25,6 @@ _TIMEOUT = 5.0
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 _MOST_SECONDS = 366 * 86_400
 _MOST_WHY = 500
-_LATEST = 250_000_000_000_000
-"""In Unix ms: Python shows no time after the year 9999."""
 
 
 def _check_queue(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -138,10 +136,9 @@ def resume(queue: str, as_json: bool, **options: object) -> None:
         elif ended is None:
             click.echo(f"· queue {queue} was not paused", err=True)
         else:
-            why = f", {_plain(ended.why)}" if ended.why else ""
-            click.echo(
-                f"queue {queue} is resumed; it was paused since {_time(ended.since)} (by {_plain(ended.by)}{why})"
-            )
+            why = f", {printable(ended.why)}" if ended.why else ""
+            by = printable(ended.by) or "unknown"
+            click.echo(f"queue {queue} is resumed; it was paused since {instant(ended.since)} (by {by}{why})")
 
     run_async(do_resume)
 
@@ -219,15 +216,4 @@ def _as_dict(entry: ControlEntry) -> Object:
 
 
 def _end_of(pause: ControlEntry) -> str:
-    return f"until {_time(pause.until)}" if pause.until else "until worker resume"
-
-
-def _time(unix_ms: int) -> str:
-    if not 0 < unix_ms < _LATEST:
-        return "an unknown time"
-    return dt.datetime.fromtimestamp(unix_ms / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _plain(text: str) -> str:
-    """A text of somebody else without characters that control a terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text) or "unknown"
+    return f"until {instant(pause.until)}" if pause.until else "until worker resume"

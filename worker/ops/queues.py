@@ -32,7 +32,7 @@ _NOT_A_NAME = "no worker can serve it: a queue's name has 1 to 64 characters of 
 
 
 def served_queues(records: Iterable[WorkerRecord]) -> Counter[str] | None:
-    """How many workers serve each queue, by their records; None if that is not known.
+    """How many workers serve each queue, by their records; None if that is not known. Draining workers take no jobs.
 
     It is not known if a worker of an early version has no list in its record.
     """
@@ -40,7 +40,7 @@ def served_queues(records: Iterable[WorkerRecord]) -> Counter[str] | None:
     for record in records:
         if not record.queues:
             return None
-        counts.update(record.queues)
+        counts.update(() if record.draining else record.queues)
     return counts
 
 

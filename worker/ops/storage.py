@@ -18,6 +18,8 @@ from .survey_types import RedisState
 from .units import size
 
 _REFUSALS_READ = 32
+_USER_SHOWN = 60
+"""Characters of the name of a user that is shown: whoever tries to log in has chosen it."""
 _REFUSED_LATELY = 30.0
 """Seconds for which a refused login is a fault. A worker tries again every two seconds at the latest."""
 
@@ -114,7 +116,7 @@ async def login_findings(server: Redis, where: str) -> list[Finding]:
     refused: dict[tuple[str, str], None] = {}
     for entry in cast("list[dict[str, Any]]", await server.acl_log(_REFUSALS_READ)):
         if entry["reason"] == "auth" and float(entry["age-seconds"]) < _REFUSED_LATELY:
-            refused[entry["username"], str(entry["client-info"]["addr"]).rpartition(":")[0]] = None
+            refused[entry["username"][:_USER_SHOWN], str(entry["client-info"]["addr"]).rpartition(":")[0]] = None
     fix = f"correct the password in {variable('redis_url')} of that process, or set it for the user: ACL SETUSER"
     return [
         Finding(

@@ -1,4 +1,9 @@
-"""Durations and sizes as an operator reads them."""
+"""Durations, sizes and foreign texts as an operator reads them."""
+
+import datetime as dt
+
+_LATEST = 253_402_300_800_000
+"""The year 10,000 in Unix ms."""
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -17,3 +22,15 @@ def size(count: float) -> str:
     while count >= 1000 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1
     return f"{count:.0f} {_UNITS[unit]}" if not unit else f"{count:.1f} {_UNITS[unit]}"
+
+
+def instant(unix_ms: int) -> str:
+    """A time, such as `2026-11-30 07:12:32Z`."""
+    if not 0 < unix_ms < _LATEST:
+        return "an unknown time"
+    return dt.datetime.fromtimestamp(unix_ms / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def printable(text: str) -> str:
+    """A text that others may have chosen, without characters that would control a terminal."""
+    return "".join(character if character.isprintable() else "�" for character in text)
