@@ -32,7 +32,7 @@ TopPilot = Pilot[None]
 async def shown(url: str, size: tuple[int, int] = (80, 24)) -> AsyncIterator[TopPilot]:
     """`worker top`, with pictures in quick succession."""
     async with Installation(url, "chat", lease=15) as installation:
-        app = TopApp(installation, every=0.05)
+        app = TopApp(installation, every=0.3)
         async with app.run_test(size=size) as pilot:
             yield pilot
 
@@ -100,6 +100,14 @@ async def test_running_requests_are_listed_filtered_and_sorted(redis: Redis, red
         await pilot.press(*"rsssss")  # by tokens, the greatest first
         await until_listed(pilot, second, first)
         assert second in text(pilot, "selection"), "the selection stays with its request"
+        await pilot.click("#requests", offset=(5, 3))  # below the title and the header
+
+        async def is_selected() -> bool:
+            return first in text(pilot, "selection")
+
+        await eventually(is_selected)
+        await pilot.click("#requests", offset=(5, 1))
+        await until_listed(pilot, first, second)
         assert "secret" not in "\n".join([*rows(pilot), text(pilot, "selection")])
 
 

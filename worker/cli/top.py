@@ -8,6 +8,8 @@ from ..settings import load_settings
 from .options import CLIENT_OPTIONS, exit_status, run_async, settings_options, until_stopped
 from .status import status
 
+_INSTALL = "pip install '.[top]'"
+
 
 @click.command(epilog="Example: worker top --redis-url redis://127.0.0.1:6379/0")
 @settings_options(*CLIENT_OPTIONS)
@@ -22,9 +24,13 @@ def top(**options: object) -> None:
         from ..top.app import TopApp  # noqa: PLC0415 - only with the extra `top`
         from ..top.installation import Installation  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        install = f"{error.name} is missing: install the extra `top`, with pip install '.[top]'"
-        click.echo(f"· {install}. Until then this is worker status --watch", err=True)
-        click.get_current_context().invoke(status, watch=True, as_json=False, **options)
+        note = f"· {error.name} is missing: install the extra `top` ({_INSTALL}). Until then: worker status --watch"
+        click.echo(note, err=True)
+        try:
+            click.get_current_context().invoke(status, watch=True, as_json=False, **options)
+        finally:
+            if sys.stdout.isatty():  # the pictures have overwritten the note
+                click.echo(note, err=True)
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("worker top needs a terminal: use worker status for a file or a pipe")

@@ -299,4 +299,4 @@ class Overview(Screen[None]):
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(seconds))
+    return time.strftime("%H:%M:%S UTC", time.gmtime(seconds))

@@ -93,6 +93,8 @@ QUEUES: tuple[Column[QueueState], ...] = (
     Column("waiting", lambda queue: _number(queue.waiting), is_number=True),
     Column("oldest", _oldest, is_number=True),
     Column("running", lambda queue: _number(queue.running), is_number=True),
+    Column("done/s", lambda queue: Cell(f"{queue.done_per_s:.1f}", queue.done_per_s), is_number=True, drop=2),
+    Column("failed", lambda queue: _number(queue.failed), is_number=True, drop=1),
     Column("workers", _serving, is_number=True),
     Column("", _queue_state, least=6),
 )
