@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, cast
 import httpx
 import pytest
 from conftest import StartSimulator, StartWorker
-from gateway_fixtures import KEY_A, KEY_B, KEYS, Served, StartGateway
+from gateway_fixtures import KEY_A, KEY_B, KEYS, Served, StartGateway, StartGatewayProcess
 from openai import APIConnectionError, AsyncOpenAI
 from proxy import Proxy
 from raw_posts import RawPost
@@ -23,6 +24,7 @@ from worker import Client
 from worker.contract.keys import Keys
 from worker.gateway.ids import new_id, owner_hash
 from worker.gateway.limits import Limits
+from worker.gateway.neighbours import Neighbours
 from worker.gateway.noted_calls import NotedCall
 from worker.gateway.repeats import Presence, Repeats
 from worker.redisio.batching import CommandBatcher
@@ -116,10 +118,15 @@ async def test_a_hidden_repetition_attaches_to_the_first_job(
     post.close()
 
 
+async def calls(redis: Redis, command: str) -> int:
+    """How often Redis has executed a command."""
+    stats = cast("dict[str, dict[str, int]]", await redis.info("commandstats"))
+    return stats.get(f"cmdstat_{command}", {"calls": 0})["calls"]
+
+
 async def looks(redis: Redis) -> int:
     """How often a request has looked for those that it may repeat."""
-    stats = cast("dict[str, dict[str, int]]", await redis.info("commandstats"))
-    return stats.get("cmdstat_zrevrangebyscore", {"calls": 0})["calls"]
+    return await calls(redis, "zrevrangebyscore")
 
 
 @EITHER_WAY
@@ -147,6 +154,57 @@ async def test_a_hidden_repetition_waits_until_redis_knows_that_a_connection_her
     assert await second.read_head() == 200
     assert await jobs(redis) == 1
     second.close()
+
+
+@CUTS
+async def test_a_hidden_repetition_waits_until_another_process_knows_that_its_connection_is_lost(
+    cut: Callable[[RawPost], None], patient: Served,
+    start_gateway_process: StartGatewayProcess, redis_proxy: Proxy, redis: Redis,
+) -> None:  # fmt: skip
+    """The other process stands still from before the loss until it is asked. Then Redis learns late of the loss."""
+    other = await start_gateway_process(grace=30, redis_url=redis_proxy.redis_url)
+    order = redis_proxy.hold(b"^UNSUBSCRIBE")
+    first = await RawPost.send(other.port, BODY)
+    await wait_noted(redis)
+    before = await looks(redis)
+    asked = await calls(redis, "publish")
+    other.process.send_signal(signal.SIGSTOP)
+    try:
+        cut(first)
+        second = await RawPost.send(patient.port, BODY)
+
+        async def has_asked() -> bool:
+            return await calls(redis, "publish") > asked
+
+        await eventually(has_asked)
+    finally:
+        other.process.send_signal(signal.SIGCONT)
+
+    async def has_looked() -> bool:
+        assert await jobs(redis) <= 1
+        return await looks(redis) >= before + 12
+
+    await eventually(has_looked)
+    order.release()
+    await wait_noted(redis)
+    assert await jobs(redis) == 1
+    second.close()
+
+
+async def test_a_request_is_not_delayed_by_an_identical_one_whose_connection_elsewhere_is_open(
+    patient: Served, start_gateway_process: StartGatewayProcess, redis: Redis
+) -> None:
+    """A second look would take time, and is not needed."""
+    other = await start_gateway_process(grace=30)
+    posts = [await RawPost.send(other.port, BODY)]
+    await wait_noted(redis)
+    before = await looks(redis)
+    posts.append(await RawPost.send(patient.port, BODY))
+    await wait_noted(redis, 2)
+    assert await jobs(redis) == 2
+    assert await looks(redis) == before + 1
+    for post in posts:
+        post.close()
 
 
 @EITHER_WAY
@@ -428,7 +486,7 @@ async def test_a_request_is_followed_until_redis_knows_that_nobody_may_attach(
 ) -> None:
     """Redis delays the notes, and the caller that waits for them is cancelled."""
     keys, request_id = Keys(), new_id("")
-    repeats = Repeats(commands, keys, client, patience=60)
+    repeats = Repeats(commands, keys, client, Neighbours(redis, commands, keys), patience=60)
     limits = Limits(commands, keys, client, patience=60)
     noted = NotedCall(repeats, limits, "", "print", request_id, client.expect(request_id))
     noted.begin()

@@ -104,6 +104,14 @@ class Keys:
         """A stream that never exists: an XADD NOMKSTREAM to it shows whether Redis accepts writes."""
         return f"{self.prefix}:probe"
 
+    @property
+    def gateways(self) -> str:
+        """The pub/sub channel over which the processes of gateways ask each other whose client is still connected.
+
+        Its name begins as those of the feeds, so that no user needs another right. All databases share the channel.
+        """
+        return f"{self.prefix}:feed:gateways"
+
     # Keys of the gateway. All have an expiry; without them it would only limit and remember less.
 
     def asked(self, fingerprint: str) -> str:

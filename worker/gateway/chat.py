@@ -59,7 +59,7 @@ class ChatCompletions:
         self._services = services
         self._pace = pace or AnswerPace()
         settings, client = services.settings, services.client
-        self._repeats = Repeats(services.commands, services.keys, client, settings.patience)
+        self._repeats = Repeats(services.commands, services.keys, client, services.neighbours, settings.patience)
         self._leaving = Leaving(client, self._repeats, services.limits, after=settings.leave_after)
         self._open: dict[ChunkStream | WholeAnswer, None] = {}
         self._is_ending = asyncio.Event()

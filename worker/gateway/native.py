@@ -52,7 +52,9 @@ def routes(services: Services) -> Sequence[BaseRoute]:
 class _NativeApi:
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._repeats = Repeats(services.commands, services.keys, services.client, services.settings.patience)
+        self._repeats = Repeats(
+            services.commands, services.keys, services.client, services.neighbours, services.settings.patience
+        )
         self._ending = asyncio.Event()
         services.at_end.append(lambda _: self._ending.set())
 

@@ -35,6 +35,7 @@ from .delivery_meter import DeliveryMeter
 from .keys import KeyRing
 from .limits import Limits
 from .listener import HttpListener, bind
+from .neighbours import Neighbours
 from .open_streams import OpenStreams, StreamPace
 from .queue_positions import QueuePositions
 from .services import Services
@@ -126,6 +127,7 @@ class Gateway:
             pace=StreamPace(heartbeat=settings.heartbeat, write_timeout=settings.write_timeout),
             telemetry=telemetry,
         )
+        self._neighbours = Neighbours(self._redis, self._commands, keys)
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self.services = Services(
@@ -137,6 +139,7 @@ class Gateway:
             access=Access(ring, ReadTokens(*secrets, lifetime=settings.token_lifetime)),
             limits=Limits(self._commands, keys, self._client, settings.patience),
             streams=self._streams,
+            neighbours=self._neighbours,
             telemetry=telemetry,
             at_end=[self._streams.end_all],
             is_stopping=self._stopping.is_set,
@@ -163,6 +166,7 @@ class Gateway:
         watching = asyncio.create_task(self._watch_redis())
         try:
             self._start_monitoring()
+            self._neighbours.start()
             await self._listener.start()
             host = parse_address(self._settings.listen)[0]
             self._telemetry.emit(GatewayStarted(version(), f"{host}:{self.port}", self._shown_redis))
@@ -175,6 +179,7 @@ class Gateway:
                 loop.remove_signal_handler(signum)
             await end_tasks([watching])
             await self._streams.aclose()
+            await self._neighbours.aclose()
             await self._client.aclose()
             await self._commands.aclose()
             await self._redis.aclose()

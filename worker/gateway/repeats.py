@@ -18,7 +18,8 @@ the first one. So a call that finds requests and may attach to none looks again.
 
 - Open in this process: never. The kernel knows of a loss before the repetition can arrive.
 - Lost in this process: until Redis knows it too.
-- In another process: a few times.
+- In another process: that process is asked, and the same holds.
+- In none that answers, as one that is stuck: a few times.
 """
 
 import asyncio
@@ -37,8 +38,8 @@ from ..redisio.batching import CommandBatcher
 from ..redisio.cluster import ClusterClient
 from ..redisio.pipelined import pack
 from .access import Requester
+from .neighbours import Neighbours
 from .outlets import Wire
-from .tcp_state import is_established
 
 _YOUNG = 15 * 60
 """Seconds for which the retry of an SDK attaches: longer than the 10 minutes after which the SDKs give up a try."""
@@ -50,10 +51,10 @@ _CANDIDATES = 32
 """How many requests with one fingerprint are looked at."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1
 """Seconds between two looks. Each pause is twice the one before."""
-_LOOKS_ELSEWHERE = 5
-"""How many looks there are while another process may still have to notice a loss. They take 0.15 s."""
+_LOOKS_UNKNOWN = 5
+"""How many looks there are while a process that does not answer may still have to notice a loss. They take 0.15 s."""
 _LOOKS_LOST = 100
-"""How many looks there are while a connection of this process is lost and Redis does not know it. They take 10 s."""
+"""How many looks there are while a connection is lost and Redis does not know it. They take 10 s."""
 _LOST_FOR = 10.0
 """Seconds for which a lost connection is remembered after the subscription to the feed was ended."""
 
@@ -101,14 +102,16 @@ class Presence:
 class Repeats:
     """Finds the request that another one repeats."""
 
-    def __init__(self, commands: CommandBatcher, keys: Keys, client: Client, patience: float) -> None:
+    def __init__(
+        self, commands: CommandBatcher, keys: Keys, client: Client, neighbours: Neighbours, patience: float
+    ) -> None:
         self._commands = commands
         self._keys = keys
         self._client = client
+        self._neighbours = neighbours
+        self._wires = neighbours.wires
         self.presence = Presence(commands, keys)
         self._retry = MappedRetry(patience)
-        self._wires: dict[str, Wire] = {}
-        """The connections of this process whose clients wait for the first byte of a request."""
 
     async def attach(
         self, fingerprint: str, new_id: str, wire: Wire | None, *, is_retry: bool,
@@ -157,7 +160,7 @@ class Repeats:
 
         def end() -> None:
             release()
-            if self._is_open(request_id):
+            if self._neighbours.is_open(request_id):
                 forget_wire()
             else:  # Redis still has to learn that nobody follows the request
                 asyncio.get_running_loop().call_later(_LOST_FOR, forget_wire)
@@ -194,8 +197,9 @@ class Repeats:
         """Claim a request that this one repeats; returns its id. Looks again while the client of one may be lost."""
         found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
         ids, looks, pause = {member.removeprefix(_PENDING) for member in found}, 1, _FIRST_PAUSE
+        elsewhere = dict[str, bool]()
         while found:
-            if self._is_open(new_id) is False:
+            if self._neighbours.is_open(new_id) is False:
                 # The client has left, or its next repetition may have claimed the request already: no job is needed.
                 await self._retry(self.forget, fingerprint, new_id)
                 raise ClientDisconnect
@@ -207,22 +211,17 @@ class Repeats:
             claimed = await self._claim(fingerprint, followed, is_retry=is_retry)
             if claimed is not None:
                 return claimed
-            are_open = {self._is_open(member.removeprefix(_PENDING)) for member in found}
-            if are_open == {True} or looks >= (_LOOKS_LOST if False in are_open else _LOOKS_ELSEWHERE):
+            known = {request_id: self._neighbours.is_open(request_id) for request_id in ids}
+            if looks == 1:
+                elsewhere = await self._neighbours.ask([each for each, is_open in known.items() if is_open is None])
+            are_open = {(known | elsewhere)[member.removeprefix(_PENDING)] for member in found}
+            if are_open == {True} or looks >= (_LOOKS_LOST if False in are_open else _LOOKS_UNKNOWN):
                 return None
             await asyncio.sleep(pause)
             pause, looks = min(2 * pause, _LONGEST_PAUSE), looks + 1
             found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
             found = [member for member in found if member.removeprefix(_PENDING) in ids]
         return None
-
-    def _is_open(self, request_id: str) -> bool | None:
-        """Whether the client of a request is connected to this process; None if nothing here knows its connection.
-
-        The kernel is asked, because the event loop may not have read the end of the connection yet.
-        """
-        wire = self._wires.get(request_id)
-        return None if wire is None else is_established(wire.transport)
 
     async def _look(self, fingerprint: str, new_id: str, *, is_retry: bool) -> list[str]:
         """Mark a new request, and return the requests that it may repeat, the newest first."""
@@ -242,7 +241,7 @@ class Repeats:
         for request_id, is_followed in followed.items():
             if (
                 is_followed
-                or self._is_open(request_id)
+                or self._neighbours.is_open(request_id)
                 or not await self._retry(self._mark, fingerprint, request_id, is_retry=is_retry)
             ):
                 continue

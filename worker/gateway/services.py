@@ -12,6 +12,7 @@ from ..telemetry.events import Telemetry
 from .access import Access
 from .held_answers import HeldAnswers
 from .limits import Limits
+from .neighbours import Neighbours
 from .open_streams import OpenStreams
 from .settings import GatewaySettings
 
@@ -33,6 +34,7 @@ class Services:
     access: Access
     limits: Limits
     streams: OpenStreams
+    neighbours: Neighbours
     telemetry: Telemetry
     at_end: list[EndStreams] = field(default_factory=list)
     """Called when the process stops, once the listening socket is closed. A room appends to it in `routes`.
