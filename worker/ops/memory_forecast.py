@@ -19,6 +19,7 @@ from ..redisio.advice import MORE_ROOM
 from ..redisio.cluster import servers_of
 from ..redisio.errors import is_permission_denied
 from .findings import Finding
+from .units import duration, size
 
 _WINDOW = 300
 """Seconds of the lifecycle that are read."""
@@ -83,7 +84,7 @@ async def forecast_memory(redis: Redis, keys: Keys) -> MemoryForecast | None:
     if not measured:
         return None
     rate = len(requests) / window
-    others = [size or 0 for size in [await redis.memory_usage(key) for key in (keys.lifecycle, keys.dead)]]
+    others = [await redis.memory_usage(key) or 0 for key in (keys.lifecycle, keys.dead)]
     infos = [dict(await server.info("memory")) for server in await servers_of(redis)]
     used, limit, startup = (
         [int(str(info.get(name, 0))) for info in infos] for name in ("used_memory", "maxmemory", "used_memory_startup")
@@ -115,31 +116,14 @@ async def check_memory(redis: Redis, keys: Keys, where: str) -> list[Finding]:
         raise
     if forecast is None:
         return []
-    load = f"{forecast.requests_per_s:.3g} requests/s in the last {in_words(forecast.window)}"
-    each = f"{size_of(forecast.request_bytes)} each, kept for {in_words(forecast.retention)}"
-    message = f"finished requests need {size_of(forecast.needed)} at this rate ({load}, {each})"
+    load = f"{forecast.requests_per_s:.3g} requests/s in the last {duration(forecast.window)}"
+    each = f"{size(forecast.request_bytes)} each, kept for {duration(forecast.retention)}"
+    message = f"finished requests need {size(forecast.needed)} at this rate ({load}, {each})"
     if forecast.full_in is not None:
-        message = f"it is full in {in_words(forecast.full_in)}: {message}, and maxmemory is {size_of(forecast.limit)}"
+        message = f"it is full in {duration(forecast.full_in)}: {message}, and maxmemory is {size(forecast.limit)}"
         return [Finding("warning", where, message, MORE_ROOM)]
-    has = f"maxmemory is {size_of(forecast.limit)}" if forecast.limit else "maxmemory is not set"
+    has = f"maxmemory is {size(forecast.limit)}" if forecast.limit else "maxmemory is not set"
     return [Finding("ok", where, f"{message}; {has}")]
-
-
-def size_of(number: float) -> str:
-    """A number of bytes with a unit, such as `2.1 GiB`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"
-
-
-def in_words(seconds: float) -> str:
-    """A duration with one unit, such as `3 h`."""
-    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
-        if seconds < most * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:.0f} days"
 
 
 @dataclass(frozen=True, slots=True)
