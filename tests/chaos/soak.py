@@ -50,7 +50,7 @@ _GIVEN_UP = 0.05
 """The largest share of jobs with an upstream start that was given up. It was 0.02 on a machine that stood still for
 seconds, and is 0 on most."""
 _KEYS = Keys()
-_LASTING = {_KEYS.jobs(), _KEYS.lifecycle, _KEYS.dead, _KEYS.workers}
+_LASTING = {_KEYS.jobs(), _KEYS.lifecycle, _KEYS.dead, _KEYS.workers, _KEYS.queues, _KEYS.control}
 
 
 class Report(msgspec.Struct, kw_only=True):
