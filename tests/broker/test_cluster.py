@@ -25,6 +25,7 @@ from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.contract.ids import SEAL
 from worker.contract.keys import GROUP, Keys
 from worker.ops.checks import check
+from worker.ops.running import RunningRequests
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.cluster import ClusterClient, server_of, slot_of
 from worker.redisio.errors import is_transient
@@ -86,6 +87,24 @@ async def test_logs_of_every_master_are_written_and_followed(
     assert await client.status(ids[0]) == Status(State.ENDED, "done")
     lifecycle = [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")]
     assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
+
+
+async def test_the_running_requests_of_every_master_are_listed(
+    cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=20))), redis_url=cluster_url)
+    ids = {await client.enqueue(chat_request(f"question {number}"), id=f"running-{number}") for number in range(6)}
+    running = RunningRequests(redis, Keys())
+
+    async def all_grow() -> bool:
+        found = (await running.read(["default"])).requests
+        return {request.request_id for request in found if request.tokens} == ids
+
+    await eventually(all_grow)
+    await running.aclose()
+    for request_id in ids:
+        await client.cancel(request_id)
+    await settled(redis)
 
 
 async def test_consumers_of_dead_workers_are_removed_at_every_master(redis: Redis) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from worker.top.columns import Cell, Column, Order, arranged, gap, printable, shortened, widths
+from worker.top.columns import Cell, Column, Order, arranged, gap, shortened, widths
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,3 @@ def test_a_name_is_shortened_in_its_middle_and_a_sentence_at_its_end() -> None:
 
 def test_columns_are_further_apart_where_there_is_room() -> None:
     assert (gap(80), gap(160)) == (1, 2)
-
-
-def test_a_terminal_gets_no_control_characters() -> None:
-    assert printable("a\x1b[2Jb\x9bc\rd\n\te é 漢") == "a�[2Jb�c�d\n\te é 漢"

@@ -1,6 +1,5 @@
 """Columns of a table and how its rows are filtered, sorted and fitted into a width. It does no I/O."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar
@@ -14,8 +13,6 @@ Tone: TypeAlias = Literal["", "dim", "good", "warning", "error"]
 
 SortValue: TypeAlias = float | str | None
 """What a column is sorted by: None if a row has no value, which sorts it to the end."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _ROOMY = 100
 """The width from which on columns are two cells apart."""
@@ -104,14 +101,6 @@ def widths(columns: Sequence[Column[T]], rows: Sequence[Row[T]], available: int)
 def gap(available: int) -> int:
     """The cells between two columns."""
     return 2 if available >= _ROOMY else 1
-
-
-def printable(text: str) -> str:
-    """A text without control characters other than line ends and tabs.
-
-    A terminal obeys control characters, and anybody may have written the text.
-    """
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shortened(text: str, width: int) -> str:

@@ -1,5 +1,6 @@
 """The screen with a request's answer, as it arrives. Only this screen shows content, when a person asks for it."""
 
+import re
 from contextlib import aclosing
 from typing import ClassVar
 
@@ -15,10 +16,13 @@ from ..client.async_client import Client
 from ..client.errors import ClientError
 from ..contract.answer import Answer
 from ..contract.entries import to_json, transcript_of
-from .columns import printable
+from ..ops.units import printable
 
 _LONGEST = 50_000
 """The most characters of an answer that are shown: its last ones."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal would obey. Other characters that do not print, such as those that join emoji, belong to a text."""
 
 _PAUSE = 0.1
 """Seconds between two paintings of an answer that arrives."""
@@ -113,4 +117,4 @@ def text_of(answer: Answer) -> Text:
             break
     calls = [call for choice in answer.choices[:1] for call in choice.tool_calls] if answer.end else []
     pieces[:0] = [(f"\n{to_json(call)}", "") for call in reversed(calls)]
-    return Text.assemble(*[(printable(piece), style) for piece, style in reversed(pieces)])
+    return Text.assemble(*[(_CONTROLS.sub("�", piece), style) for piece, style in reversed(pieces)])

@@ -7,8 +7,7 @@ from rich.text import Text
 from ..ops.findings import Finding
 from ..ops.running import RunningRequest
 from ..ops.survey_types import QueueState, RedisState, ServerState, Survey, WorkerState
-from ..ops.units import duration, size
-from .columns import printable
+from ..ops.units import duration, printable, size
 
 _STYLES = {"error": "bold red", "warning": "bold yellow"}
 

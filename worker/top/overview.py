@@ -19,11 +19,10 @@ from ..broker.consumers import is_pseudo_consumer
 from ..ops.findings import Finding
 from ..ops.running import RunningRequest
 from ..ops.survey_types import QueueState, WorkerState
-from ..ops.units import duration
+from ..ops.units import duration, printable
 from ..redisio.advice import advice_on
 from ..redisio.errors import redacted_message
 from ..settings import redacted_url
-from .columns import printable
 from .follow import FollowScreen
 from .head import faults_text, names_of, sentence_of, storage_line
 from .installation import Installation, Picture

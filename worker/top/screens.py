@@ -10,7 +10,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from .columns import printable
+from ..ops.units import printable
 
 
 class Question(ModalScreen[bool]):

@@ -13,7 +13,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from .columns import Column, Order, Row, T, arranged, gap, printable, shortened, widths
+from ..ops.units import printable
+from .columns import Column, Order, Row, T, arranged, gap, shortened, widths
 
 
 class LiveTable(ScrollView, Generic[T], can_focus=True):
@@ -167,7 +168,7 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
                 style = self.get_component_rich_style(cell.tone, partial=True) if cell.tone else None
             else:
                 text = column.label + self._arrow(number)
-            text = shortened(printable(text).replace("\n", " ").replace("\t", " "), width)
+            text = shortened(printable(text), width)
             sized = set_cell_size(text, width)
             if column.is_number:
                 sized = " " * (len(sized) - len(sized.rstrip())) + text
