@@ -15,7 +15,7 @@ from .options import CLIENT_OPTIONS, exit_status, json_option, run_async, settin
 
 _EVERY = 2.0
 """Seconds between two pictures of `--watch`."""
-_TIMEOUT = 2.0
+_TIMEOUT = 3.0
 """Seconds that Redis has for each reply."""
 
 

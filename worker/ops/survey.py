@@ -49,6 +49,7 @@ class Surveyor:
         self._url = url
         self._where = f"Redis {redacted_url(url)}"
         self._lease = lease
+        self._has_answered = False
         self._trends: dict[str, MemoryTrend] = {}
         self._searched: set[str] | None = None
         self._search_at = 0.0
@@ -59,7 +60,10 @@ class Surveyor:
         try:
             return await self._read()
         except (RedisError, OSError) as error:
-            fix = advice_on(error) or await advice_on_silence(self._url) or advice_on_no_answer(error)
+            fix = advice_on(error)
+            if not fix and not self._has_answered:  # a Redis that has answered is no Redis that expects TLS
+                fix = await advice_on_silence(self._url)
+            fix = fix or advice_on_no_answer(error)
             return Survey(faults=(Finding("error", self._where, redacted_message(error), fix, _fault_of(error)),))
 
     async def _read(self) -> Survey:
@@ -114,6 +118,7 @@ class Surveyor:
             is_cluster = isinstance(self._redis, ClusterClient)
             name = f"{self._where}, master {number} of {len(servers)}" if is_cluster else self._where
             info = await read_info(server)
+            self._has_answered = True
             state = redis_state(name, info)
             findings += storage_findings(state, info)
             trend = self._trends.setdefault(name, MemoryTrend())
