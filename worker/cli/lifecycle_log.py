@@ -53,9 +53,9 @@ def _check_group(_ctx: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--json", "_json", is_flag=True, help="Print JSON lines. So does the command without it, except errors.")
 @settings_options(*CLIENT_OPTIONS)
 def log(group: str, *, content: bool, _json: bool, **settings: object) -> None:
-    """Print one JSON line for each finished request, and go on with each new one.
+    """Print a JSON line for each finished request.
 
-    A request counts as printed once its line is written to standard output: the next run of the group continues there.
+    It goes on with each request that finishes later. A request counts as printed once its line is written to standard output: the next run of the group continues there.
     After a crash a line may come again. If requests were lost, because the group was away for too long, a line with
     the type `lost` has their number.
     """

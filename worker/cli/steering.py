@@ -150,9 +150,9 @@ def resume(queue: str, as_json: bool, **options: object) -> None:
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def drain(name: str, why: str, wait: bool, as_json: bool, **options: object) -> None:
-    """Let the worker NAME end as at SIGTERM: other workers continue its jobs.
+    """Let a worker end as at SIGTERM, from afar.
 
-    NAME may be the beginning of a name. The process ends with status 0, and a supervisor that always restarts starts it
+    Other workers continue its jobs. NAME may be the beginning of a name. The process ends with status 0, and a supervisor that always restarts starts it
     again under another name.
     """
     from ..ops.steering import find_worker  # noqa: PLC0415 - clients need not load it

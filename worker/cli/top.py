@@ -14,9 +14,9 @@ _INSTALL = "pip install '.[top]'"
 @click.command(epilog="Example: worker top --redis-url redis://127.0.0.1:6379/0")
 @settings_options(*CLIENT_OPTIONS)
 def top(**options: object) -> None:
-    """Watch an installation live, with its running requests: their age, tokens, rate and silence.
+    """Watch an installation and its requests, live.
 
-    Keys filter and sort, cancel a request, pause a queue, drain a worker, and follow a request: ? shows them. Without
+    Of each running request it shows age, tokens, rate and silence. Keys filter and sort, cancel a request, pause a queue, drain a worker, and follow a request: ? shows them. Without
     the extra `top` this is `worker status --watch`.
     """
     settings = load_settings(options, **options)
