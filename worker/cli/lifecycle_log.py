@@ -55,9 +55,9 @@ def _check_group(_ctx: click.Context, _parameter: click.Parameter, value: str) -
 def log(group: str, *, content: bool, _json: bool, **settings: object) -> None:
     """Print a JSON line for each finished request.
 
-    It goes on with each request that finishes later. A request counts as printed once its line is written to standard output: the next run of the group continues there.
-    After a crash a line may come again. If requests were lost, because the group was away for too long, a line with
-    the type `lost` has their number.
+    It goes on with each request that finishes later. A request counts as printed once its line is written to
+    standard output: the next run of the group continues there. After a crash a line may come again. If requests
+    were lost, because the group was away for too long, a line with the type `lost` has their number.
     """
     run_async(lambda: _print_requests(settings, group, content=content))
 

@@ -152,8 +152,8 @@ def resume(queue: str, as_json: bool, **options: object) -> None:
 def drain(name: str, why: str, wait: bool, as_json: bool, **options: object) -> None:
     """Let a worker end as at SIGTERM, from afar.
 
-    Other workers continue its jobs. NAME may be the beginning of a name. The process ends with status 0, and a supervisor that always restarts starts it
-    again under another name.
+    Other workers continue its jobs. NAME may be the beginning of a name. The process ends with status 0, and a
+    supervisor that always restarts starts it again under another name.
     """
     from ..ops.steering import find_worker  # noqa: PLC0415 - clients need not load it
 

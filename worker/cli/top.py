@@ -16,8 +16,9 @@ _INSTALL = "pip install '.[top]'"
 def top(**options: object) -> None:
     """Watch an installation and its requests, live.
 
-    Of each running request it shows age, tokens, rate and silence. Keys filter and sort, cancel a request, pause a queue, drain a worker, and follow a request: ? shows them. Without
-    the extra `top` this is `worker status --watch`.
+    Of each running request it shows age, tokens, rate and silence. Keys filter and sort, cancel a request, pause a
+    queue, drain a worker, and follow a request: ? shows them. Without the extra `top` this is `worker status
+    --watch`.
     """
     settings = load_settings(options, **options)
     try:
