@@ -179,8 +179,10 @@ async def test_the_feed_is_sharded_from_redis_7_on_and_at_every_master_before(
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, redis_url=cluster_url)
-    for node in nodes:
-        request_id = next(name for name in map(str, range(100)) if node.owns(slot_of(name)))
+    ids = [[name for name in map(str, range(100)) if node.owns(slot_of(name))] for node in nodes]
+    for former, _, *_ in ids:  # by the end of a job the worker knows whether the master of its log has shards
+        await client.result(await client.enqueue(chat_request("Who are you?"), id=former))
+    for node, (_, request_id, *_) in zip(nodes, ids, strict=True):
         channel = f"chat:feed:{{{request_id}}}"
         with node.client.pubsub() as feed:  # type: ignore[no-untyped-call]
             if has_shards(node):
