@@ -58,7 +58,7 @@ class Overview(Screen[None]):
     Overview.-tall #overview LiveTable { max-height: 12; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Find", key_display="/"),
         Binding("s", "sort(1)", "Sort"),
         Binding("S", "sort(-1)", show=False),
         Binding("r", "reverse", show=False),
@@ -66,8 +66,8 @@ class Overview(Screen[None]):
         Binding("p", "pause", "Pause"),
         Binding("d", "drain", "Drain"),
         Binding("f", "follow", "Follow"),
-        Binding("exclamation_mark", "faults", show=False),
-        Binding("tab", "app.focus_next", "Table", key_display="Tab"),
+        Binding("exclamation_mark", "faults", "Faults", key_display="!"),
+        Binding("tab", "app.focus_next", "Next", key_display="Tab"),
         Binding("question_mark", "help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
         Binding("escape", "show_all_rows", show=False),
