@@ -153,7 +153,7 @@ def _check_state(name: str, record: WorkerRecord, now: float) -> list[Finding]:
             fix = f"correct its {variable('vllm_api_key')}" if refused else fix
             return [Finding("warning", subject, f"it takes no jobs at the moment: {NO_VLLM} ({away})", fix)]
         level: Level = "ok" if record.paused == VLLM_FULL else "warning"  # a full vLLM is no fault
-        fault = _PAUSE_FAULTS.get(record.paused, "worker_silent")
+        fault = _PAUSE_FAULTS.get(record.paused, "")
         return [Finding(level, subject, f"it takes no jobs at the moment: {record.paused}", fix, fault)]
     if record.starting and now - record.started / 1000 > _SLOW_START:
         slow = [server.url for server in record.servers if server.state == "starting"]
