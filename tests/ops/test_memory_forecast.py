@@ -87,6 +87,10 @@ async def test_a_load_that_will_fill_redis_is_a_warning_with_the_time_that_is_le
     await finish(own_redis, 300, within=100, tokens=50)
     forecast = await forecast_of(own_redis)
     await own_redis.config_set("maxmemory", forecast.used + int(3 * forecast.request_bytes * 6 * HOUR / 10))
+    forecast = await forecast_of(own_redis)
+    assert forecast.full_in
+    at_the_end = forecast.used + forecast.full_in * forecast.requests_per_s * forecast.request_bytes
+    assert at_the_end == pytest.approx(forecast.limit)
     (finding,) = await check_memory(own_redis, KEYS, "Redis")
     assert finding.level == "warning"
     assert re.match(r"it is full in \d\d min: finished requests need .* requests/s in the last ", finding.message)
