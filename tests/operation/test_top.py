@@ -194,7 +194,7 @@ async def test_the_last_picture_stays_while_redis_is_away(redis_binary: Path, tm
         server.kill()
 
         async def is_away() -> bool:
-            return "Redis has not answered since" in text(pilot, "faults")
+            return "No new picture since" in text(pilot, "faults")
 
         await eventually(is_away)
         await until_listed(pilot, request_id)
@@ -204,11 +204,24 @@ async def test_the_last_picture_stays_while_redis_is_away(redis_binary: Path, tm
         await until_listed(pilot, request_id, later)
 
         async def is_back() -> bool:
-            return "Redis has not answered" not in text(pilot, "faults")
+            return "No new picture" not in text(pilot, "faults")
 
         await eventually(is_back)
     await server.client.aclose()
     server.kill()
+
+
+async def test_nothing_is_claimed_before_the_first_picture() -> None:
+    async with shown("redis://:hidden-pw@127.0.0.1:1/0", (160, 50)) as pilot:
+
+        async def is_away() -> bool:
+            return "No new picture since" in text(pilot, "faults")
+
+        await eventually(is_away)
+        svg = pilot.app.export_screenshot()
+        assert "worker" in svg
+        assert "no worker runs" not in svg.replace("&#160;", " ")
+        assert "hidden-pw" not in svg
 
 
 async def test_a_missing_right_is_named_and_the_rest_is_shown(redis: Redis, redis_url: str) -> None:

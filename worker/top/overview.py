@@ -149,7 +149,7 @@ class Overview(Screen[None]):
         self._line("head").update(Text.assemble(("vllm-relay", "bold"), f"  {where}  {taken}"))
         if self._away_since:
             lasts = duration(time.time() - self._away_since)
-            text = f"Redis has not answered since {_clock(self._away_since)} ({lasts}). "
+            text = f"No new picture since {_clock(self._away_since)} ({lasts}). "
             text += "; ".join(sentence_of(fault, time.time()) for fault in self._faults)
             self._line("faults").update(Text(printable(text)))
 

@@ -57,7 +57,8 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
         self._empty = empty
         self._order = Order()
         self._filter = ""
-        self._subjects: Sequence[T] = ()
+        self._subjects: Sequence[T] | None = None
+        """None until rows were shown for the first time."""
         self._total = 0
         self._rows: list[Row[T]] = []
         self._widths = [0] * len(columns)
@@ -76,7 +77,7 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
     @property
     def subjects(self) -> Sequence[T]:
         """What all rows are about, also those that are filtered out."""
-        return self._subjects
+        return self._subjects or ()
 
     @property
     def lines(self) -> list[str]:
@@ -109,7 +110,7 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
 
     def _arrange(self) -> None:
         selected = self.selected
-        self._rows = arranged(self._subjects, self._columns, self._order, self._filter)
+        self._rows = arranged(self.subjects, self._columns, self._order, self._filter)
         keys = [self._key(row.subject) for row in self._rows]
         wanted = None if selected is None else self._key(selected)
         self._cursor = keys.index(wanted) if wanted in keys else max(0, min(self._cursor, len(keys) - 1))
@@ -124,7 +125,7 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
             self.virtual_size = Size(width, lines)
             self.refresh(layout=True)
         shown = str(len(self._rows)) if len(self._rows) == self._total else f"{len(self._rows)} of {self._total}"
-        parts = [f"{self._title} {shown}"]
+        parts = [self._title if self._subjects is None else f"{self._title} {shown}"]
         if self._order.column >= 0 or self._order.is_reversed:
             by = self._columns[self._order.column].label if self._order.column >= 0 else ""
             parts.append(f"by {by}" if by else "reversed")
@@ -139,7 +140,8 @@ class LiveTable(ScrollView, Generic[T], can_focus=True):
         line = y + self.scroll_offset.y if y else 0
         base = self.rich_style
         if not self._rows and line == 1:
-            text = f"no row has “{self._filter}”" if self._subjects else self._empty
+            nothing = "" if self._subjects is None else self._empty
+            text = f"no row has “{self._filter}”" if self._subjects else nothing
             return Strip([Segment(text, base + self.get_component_rich_style("dim", partial=True))]).adjust_cell_length(
                 width, base
             )
