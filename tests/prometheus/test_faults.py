@@ -202,20 +202,22 @@ async def test_a_worker_that_stood_still_has_lost_its_leases(
 ) -> None:
     one, two = free_port(), free_port()
     first: Popen[bytes] = start_process(simulator, metrics=at(one))
-    async with prometheus({WORKER: [one]}) as server:
-        request_id = await client.enqueue(ask(simulate={"tokens": 300, "rate": 10}))
+    async with prometheus({WORKER: [one]}) as server, httpx.AsyncClient() as http:
+
+        async def second_shows(path: str, text: str) -> bool:
+            with suppress(httpx.TransportError):
+                return text in (await http.get(f"http://{at(two)}{path}")).text
+            return False
+
+        request_id = await client.enqueue(ask(simulate={"tokens": 3000, "rate": 10}))
         await eventually(lambda: server.query("vllm_relay_jobs_running > 0"))
+        # The other worker is ready before the first stands still: `increase` needs a sample from before the stop, and
+        # looks back 30 s here.
+        start_process(simulator, metrics=at(two))
+        await eventually(lambda: second_shows("/readyz", "ok"))
         first.send_signal(signal.SIGSTOP)
         try:
-            start_process(simulator, metrics=at(two))
-
-            async def taken_over() -> bool:
-                async with httpx.AsyncClient() as http:
-                    with suppress(httpx.TransportError):
-                        return "vllm_relay_jobs_running 1.0" in (await http.get(f"http://{at(two)}/metrics")).text
-                    return False
-
-            await eventually(taken_over)
+            await eventually(lambda: second_shows("/metrics", "vllm_relay_jobs_running 1.0"), every=0.1)
         finally:
             first.send_signal(signal.SIGCONT)
         await until_fired(server, "LeasesAreLost")
