@@ -123,7 +123,7 @@ async def test_a_drained_worker_is_followed_until_others_have_its_jobs(
 ) -> None:
     await start_worker(simulator, drain_timeout=0.1)
     (name,) = await names(redis, 1)
-    running = await client.enqueue(REQUEST | {"simulate": {"rate": 20}})
+    running = await client.enqueue(REQUEST | {"simulate": {"rate": 20, "tokens": 100}})
     async with asyncio.timeout(60):
         async for entry in client.follow(running):
             if isinstance(entry, Delta):
@@ -136,7 +136,7 @@ async def test_a_drained_worker_is_followed_until_others_have_its_jobs(
     assert {state["worker"] for state in states} == {name}
     assert states[0]["state"] == "asked"
     assert states[-1] == {"worker": name, "state": "gone", "running": 0, "ended": 0, "handed_over": 1}
-    assert (await client.result(running)).text == answer_to(MESSAGES)
+    assert (await client.result(running)).text == answer_to(MESSAGES, tokens=100)
     assert not await redis.exists("chat:control")
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -165,6 +165,7 @@ def drain(name: str, why: str, wait: bool, as_json: bool, **options: object) -> 
             except LookupError as problem:
                 raise click.ClickException(str(problem)) from None
             record = records[worker]
+            jobs = await steering.jobs_of(worker, record.queues) if wait else set()
             await steering.drain(worker, why=why)
             _show(as_json, {"worker": worker, "state": "asked", "running": record.running},
                   f"worker {worker} was asked to drain; jobs that run there: {record.running}")  # fmt: skip
@@ -174,7 +175,8 @@ def drain(name: str, why: str, wait: bool, as_json: bool, **options: object) -> 
             for queue in sorted(set(record.queues) - _served_by_others(steering, records, worker)):
                 click.echo(f"· no other worker serves the queue {queue}: its jobs wait for one", err=True)
             if wait:
-                await _follow(steering, worker, record, as_json=as_json)
+                states = steering.watch_drain(worker, record.queues, jobs)
+                await _follow(worker, states, as_json=as_json)
 
     run_async(do_drain)
 
@@ -184,9 +186,9 @@ def _served_by_others(steering: "Steering", records: dict[str, WorkerRecord], wo
     return {queue for record in others for queue in record.queues}
 
 
-async def _follow(steering: "Steering", worker: str, record: WorkerRecord, *, as_json: bool) -> None:
+async def _follow(worker: str, states: "AsyncGenerator[DrainState]", *, as_json: bool) -> None:
     try:
-        async with aclosing(steering.watch_drain(worker, record.queues)) as states:
+        async with aclosing(states):
             async for state in states:
                 _show(as_json, _as_drain(worker, state), _drain_line(state))
     except asyncio.CancelledError:  # by Ctrl-C

@@ -4,7 +4,7 @@ import asyncio
 import getpass
 import os
 import socket
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -29,7 +29,7 @@ _SLACK = 2.0
 _MOST_JOBS = 10_000
 """The most jobs of a worker that are followed while it drains."""
 
-_Job: TypeAlias = tuple[str, str]
+JobOfWorker: TypeAlias = tuple[str, str]
 """A queue, and the id of an entry there."""
 
 
@@ -61,7 +61,7 @@ class DrainState:
     """A worker that drains, at one moment.
 
     `running` are its jobs. When the worker `is_gone`, `handed_over` is how many of its jobs other workers have or get,
-    and `ended` how many have ended; both count from when the drain was first watched.
+    and `ended` how many have ended there; both count from before the drain.
     """
 
     running: int
@@ -150,22 +150,36 @@ class Steering:
     async def _serving(self, queue: str) -> dict[str, WorkerRecord]:
         return {name: record for name, record in (await self._registry.records()).items() if queue in record.queues}
 
-    async def watch_drain(self, worker: str, queues: tuple[str, ...]) -> AsyncGenerator[DrainState]:
-        """Follow a worker until its record is gone. Yields its state whenever it has changed."""
-        seen: set[_Job] = set()
-        last = -1
-        while worker in await self._registry.names():
-            jobs = await self._jobs_of(worker, queues)
-            seen |= jobs
-            if len(jobs) != last:
-                last = len(jobs)
-                yield DrainState(last)
-            await asyncio.sleep(_POLL)
-        handed_over = sum([await self._is_pending(job) for job in seen])
-        yield DrainState(0, is_gone=True, handed_over=handed_over, ended=len(seen) - handed_over)
+    async def watch_drain(
+        self, worker: str, queues: Iterable[str], jobs: Iterable[JobOfWorker]
+    ) -> AsyncGenerator[DrainState]:
+        """Follow a worker until its record is gone. Yields its state whenever it has changed.
 
-    async def _jobs_of(self, worker: str, queues: tuple[str, ...]) -> set[_Job]:
-        found = set[_Job]()
+        `jobs` are those that ran there before the drain. A job that another worker ends within a tenth of a second of
+        its hand-over counts as ended.
+        """
+        queues, running, last = tuple(queues), set(jobs), -1
+        handed_over = ended = 0
+        is_there = True
+        while is_there:
+            is_there = worker in await self._registry.names()
+            present = await self.jobs_of(worker, queues) if is_there else set[JobOfWorker]()
+            for job in running - present:
+                if await self._is_pending(job):
+                    handed_over += 1
+                else:
+                    ended += 1
+            running = present
+            if is_there and len(running) != last:
+                last = len(running)
+                yield DrainState(last)
+            if is_there:
+                await asyncio.sleep(_POLL)
+        yield DrainState(0, is_gone=True, handed_over=handed_over, ended=ended)
+
+    async def jobs_of(self, worker: str, queues: Iterable[str]) -> set[JobOfWorker]:
+        """The jobs that a worker has."""
+        found = set[JobOfWorker]()
         for queue in queues:
             try:
                 pending = await self._redis.xpending_range(self._keys.jobs(queue), GROUP, "-", "+", _MOST_JOBS, worker)
@@ -176,7 +190,7 @@ class Steering:
             found |= {(queue, cast("bytes", entry["message_id"]).decode()) for entry in pending}
         return found
 
-    async def _is_pending(self, job: _Job) -> bool:
+    async def _is_pending(self, job: JobOfWorker) -> bool:
         queue, entry = job
         return bool(await self._redis.xpending_range(self._keys.jobs(queue), GROUP, entry, entry, 1))
 
