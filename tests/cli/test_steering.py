@@ -70,7 +70,7 @@ async def test_after_a_pause_has_returned_no_job_of_the_queue_starts(
     resumed = await worker(redis_url, "resume", "bulk")
     assert resumed.stdout.startswith("queue bulk is resumed; it was paused since ")
     assert (await client.result(waits)).outcome == "done"
-    assert "was not paused" in (await worker(redis_url, "resume", "bulk")).stderr
+    assert "was not paused; no queue is" in (await worker(redis_url, "resume", "bulk")).stderr
 
 
 async def test_a_pause_names_the_workers_that_have_not_confirmed_it(redis: Redis, redis_url: str) -> None:
@@ -79,6 +79,13 @@ async def test_a_pause_names_the_workers_that_have_not_confirmed_it(redis: Redis
     assert paused.exit_code == 1
     assert json.loads(paused.stdout)["unconfirmed"] == ["dead"]
     assert "dead has been silent for 200 s" in paused.stderr.replace("201", "200").replace("202", "200")
+    assert await redis.hexists("chat:control", "pause:bulk")
+
+
+async def test_a_resume_of_a_queue_that_is_not_paused_names_those_that_are(redis: Redis, redis_url: str) -> None:
+    await worker(redis_url, "pause", "bulk")
+    resumed = await worker(redis_url, "resume", "bluk")
+    assert (resumed.exit_code, resumed.stderr) == (0, "· queue bluk was not paused; those that are: bulk\n")
     assert await redis.hexists("chat:control", "pause:bulk")
 
 
@@ -147,6 +154,10 @@ async def test_a_name_that_is_unknown_or_ambiguous_is_refused_with_the_candidate
     await add_record(redis, "w1-b")
     unknown = await worker(redis_url, "drain", "w2", "--json")
     assert json.loads(unknown.stderr)["error"] == "no worker is named 'w2'. The workers are: w1-a, w1-b"
+    await redis.hdel("chat:workers", "w1-b")
+    empty = await worker(redis_url, "drain", "")
+    assert (empty.exit_code, empty.stderr) == (1, "Error: no worker is named ''. The workers are: w1-a\n")
+    await add_record(redis, "w1-b")
     ambiguous = await worker(redis_url, "drain", "w1")
     assert "begins the names of 2 workers: w1-a, w1-b" in ambiguous.stderr
     assert not await redis.exists("chat:control")

@@ -131,10 +131,12 @@ def resume(queue: str, as_json: bool, **options: object) -> None:
     async def do_resume() -> None:
         async with _open_steering(options) as steering:
             ended = await steering.resume(queue)
+            paused = [] if ended else await steering.paused_queues()
         if as_json:
             click.echo(to_json({"queue": queue, "paused": None if ended is None else _as_dict(ended)}))
         elif ended is None:
-            click.echo(f"· queue {queue} was not paused", err=True)
+            names = f"those that are: {', '.join(map(printable, paused))}" if paused else "no queue is"
+            click.echo(f"· queue {queue} was not paused; {names}", err=True)
         else:
             why = f", {printable(ended.why)}" if ended.why else ""
             by = printable(ended.by) or "unknown"

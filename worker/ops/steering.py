@@ -94,6 +94,10 @@ class Steering:
         await self._clock.sync()
         return await self._control.resume(queue)
 
+    async def paused_queues(self) -> list[str]:
+        """The queues that are paused now."""
+        return sorted((await self._control.read()).pauses)
+
     async def drain(self, worker: str, *, why: str = "") -> ControlEntry:
         """Let a worker do as at SIGTERM."""
         await self._clock.sync()
@@ -196,12 +200,12 @@ class Steering:
 
 
 def find_worker(given: str, records: Mapping[str, WorkerRecord]) -> str:
-    """The worker that a name, or the beginning of one, means.
+    """The worker that a name, or the beginning of one, means. An empty text, as of an unset variable, means none.
 
     Raises:
         LookupError: when there is no such worker, or there are several. The message has the candidates.
     """
-    found = [given] if given in records else sorted(name for name in records if name.startswith(given))
+    found = [given] if given in records else sorted(name for name in records if given and name.startswith(given))
     if len(found) == 1:
         return found[0]
     if found:
