@@ -155,6 +155,7 @@ async def _check_queues_and_workers(
         limit=settings.queue_limit,
         workers_run=bool(reading.alive),
         full=reading.full_queues,
+        without_vllm=reading.queues_without_vllm,
     ):
         yield finding
     if reading.searched is None and own:

@@ -146,14 +146,17 @@ def queue_findings(
     limit: int = 0,
     workers_run: bool = True,
     full: Collection[str] = (),
+    without_vllm: Collection[str] = (),
 ) -> list[Finding]:
     """Findings about queues: those of `own`, and others that have jobs or a problem.
 
     `limit` is the number of waiting jobs from which producers are refused; 0 for none. If no worker runs, that is a
     finding of its own. `full` are the queues of which no worker takes jobs, since all vLLM servers are full.
+    `without_vllm` are those of which none does, since it reaches no server: the findings about the servers name that.
     """
     findings = []
     for state in states:
+        is_held_back = state.name in full or (bool(state.parked) and state.name not in without_vllm)
         subject = f"queue {state.name}" if is_queue_name(state.name) else f"queue {state.name!r:.80}"
         jobs = _jobs_of(state)
         if state.problem == _NOT_A_NAME:
@@ -170,7 +173,7 @@ def queue_findings(
             message = f"it is full: {state.waiting} jobs wait, and the limit is {limit}"
             fix = f"start more workers, or raise {variable('queue_limit')}"
             findings.append(Finding("warning", subject, message, fix, "queue_full"))
-        elif (state.parked or state.name in full) and state.oldest is not None and state.oldest > _LONG_WAIT:
+        elif is_held_back and state.oldest is not None and state.oldest > _LONG_WAIT:
             message = f"the vLLM servers are full: its oldest waiting job is {duration(state.oldest)} old; {jobs}"
             fix = "add servers or workers, or wait: the jobs start as soon as a server has room"
             findings.append(Finding("warning", subject, message, fix, "vllm_full"))

@@ -12,7 +12,7 @@ from ..broker.control import NO_CONTROL, Control
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
-from ..engine.intake import VLLM_FULL
+from ..engine.intake import NO_VLLM, VLLM_FULL
 from ..redisio.cluster import server_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from .fleet import is_silent
@@ -51,7 +51,15 @@ class Reading:
     @property
     def full_queues(self) -> set[str]:
         """The queues of which no live worker takes jobs, since all vLLM servers are full."""
-        taken = {queue for record in self.alive.values() if record.paused != VLLM_FULL for queue in record.queues}
+        return self._queues_refused_for(VLLM_FULL)
+
+    @property
+    def queues_without_vllm(self) -> set[str]:
+        """The queues of which no live worker takes jobs, since it can reach no vLLM server."""
+        return self._queues_refused_for(NO_VLLM)
+
+    def _queues_refused_for(self, reason: str) -> set[str]:
+        taken = {queue for record in self.alive.values() if record.paused != reason for queue in record.queues}
         return {queue for record in self.alive.values() for queue in record.queues} - taken
 
 

@@ -80,7 +80,12 @@ class Surveyor:
             )
         now = reading.now
         takes_writes = not any(finding.level == "error" for finding in findings)
-        findings += queue_findings(reading.queues, workers_run=bool(reading.alive), full=reading.full_queues)
+        findings += queue_findings(
+            reading.queues,
+            workers_run=bool(reading.alive),
+            full=reading.full_queues,
+            without_vllm=reading.queues_without_vllm,
+        )
         if takes_writes:  # else no worker can renew its record
             findings += fleet_findings(
                 reading.records or {},
