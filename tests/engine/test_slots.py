@@ -47,6 +47,17 @@ async def test_no_more_slots_are_granted_than_there_are() -> None:
     assert await task == 0
 
 
+async def test_a_slot_that_is_given_back_is_granted_but_wakes_nobody_who_waits_for_a_change() -> None:
+    slots = Slots(1)
+    assert slots.reserve_now(1) == 1
+    await waiting(task := reader(slots))
+    slots.give_back(1)
+    assert await task == 1
+    assert not slots.freed.is_set()
+    slots.release(1)
+    assert slots.freed.is_set()
+
+
 async def test_the_more_important_queue_comes_first() -> None:
     slots = Slots(1)
     assert await slots.reserve(0) == 1

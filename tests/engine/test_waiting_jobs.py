@@ -3,7 +3,9 @@
 import asyncio
 import time
 from collections import Counter
+from itertools import count
 
+import pytest
 from conftest import StartSimulator, StartWorker, metric, stream
 from redis.asyncio import Redis
 from waits import eventually
@@ -12,6 +14,7 @@ from worker import Client, Failed
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP
 from worker.engine.application import Worker
+from worker.engine.rotation import LineRotation
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.options import Options, Scenario
 from worker.sandbox.simulator.server import Simulator
@@ -50,8 +53,11 @@ async def start_beside(start_worker: StartWorker, server: Simulator, away: Away,
 
 
 async def test_jobs_of_a_model_without_a_server_hold_no_slot_and_start_when_one_comes(
-    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
-) -> None:
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rounds, choose = count(), LineRotation.choose
+    monkeypatch.setattr(LineRotation, "choose", lambda *args: (next(rounds), choose(*args))[1])
     away = Away()
     worker = await start_beside(start_worker, await start_simulator(), away, slots=2)
     waiting = [await client.enqueue(chat_request(f"question {n}", "other")) for n in range(10)]
@@ -66,9 +72,10 @@ async def test_jobs_of_a_model_without_a_server_hold_no_slot_and_start_when_one_
     await eventually(all_are_counted)
     logs = [await stream(redis, f"chat:tokens:{{{request_id}}}") for request_id in waiting]
     assert [len(log) for log in logs] == [1] * 10
-    parks = metric(worker, "jobs_parked_total")
+    parks, began = metric(worker, "jobs_parked_total"), next(rounds)
     await asyncio.sleep(1)
     assert metric(worker, "jobs_parked_total") == parks
+    assert next(rounds) - began < 100, "the worker spins while the other server has room"
     await start_simulator(Options(model="other"), away.port)
     answers = [await client.result(request_id) for request_id in waiting]
     assert [(answer.outcome, answer.attempt) for answer in answers] == [("done", 1)] * 10

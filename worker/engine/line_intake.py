@@ -132,7 +132,7 @@ class LineIntake:
                 return {}
             for line, places in self._rotation.choose(self._unpaused_lines(), slots - 1, self._admit).items():
                 chosen.setdefault(line, []).extend(places)
-        self._slots.release(slots - sum(map(len, chosen.values())))
+        self._slots.give_back(slots - sum(map(len, chosen.values())))
         return chosen
 
     async def _serve(self) -> bool:

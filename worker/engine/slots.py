@@ -61,10 +61,17 @@ class Slots:
         return max(0, count + min(0, self._free))
 
     def release(self, count: int) -> None:
-        """Return slots, which are granted to waiting readers. A negative count takes slots, even if none is free."""
-        self._free += count
-        if self._free > 0:
+        """Free slots, which are granted to waiting readers. A negative count takes slots, even if none is free."""
+        if self._free + count > 0:
             self.freed.set()
+        self.give_back(count)
+
+    def give_back(self, count: int) -> None:
+        """Return slots that were reserved in this step of the event loop and are not needed: `freed` is not set.
+
+        Who waits for `freed` before another try would otherwise be woken by that try itself.
+        """
+        self._free += count
         while self._free > 0 and self._waiting:
             self._grants += 1
             rank = next(iter(self._waiting)) if self._grants % _LONGEST_WAIT_EVERY == 0 else min(self._waiting)
