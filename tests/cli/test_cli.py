@@ -353,6 +353,8 @@ def test_an_error_about_a_wrong_password_names_redis(redis_url: str) -> None:
     assert result.stderr == (
         "Error: Redis refuses: invalid username-password pair or user is disabled. `worker check` shows how to fix it\n"
     )
+    result = CliRunner().invoke(main, ["pause", "default", "--redis-url", redis_url.replace("//", "//no:body@")])
+    assert result.stderr.startswith("Error: Redis refuses: invalid username-password pair or user is disabled: correct")
 
 
 # mistakes

@@ -12,7 +12,7 @@ from ..client.errors import ClientError
 from ..contract.entries import to_json
 from ..contract.job import InvalidJob
 from ..redisio.advice import advice_on, advice_on_no_answer
-from ..redisio.errors import redacted_message
+from ..redisio.errors import is_connection_refused, is_login_refused, redacted_message
 from ..settings import ConfigError, variable
 
 
@@ -83,8 +83,9 @@ def _map_errors(run: Callable[[], object]) -> object:
         raise UsageProblem(str(error)) from None
     except (RedisConnectionError, RedisTimeoutError) as error:
         advice = advice_on(error) or advice_on_no_answer(error)
+        problem = "refuses" if is_login_refused(error) or is_connection_refused(error) else "does not answer"
         raise click.ClickException(
-            f"Redis does not answer: {redacted_message(error).rstrip('.')}: {advice} ({variable('redis_url')})"
+            f"Redis {problem}: {redacted_message(error).rstrip('.')}: {advice} ({variable('redis_url')})"
         ) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
