@@ -228,6 +228,8 @@ async def test_letters_are_dropped_by_id_or_by_selection(redis_url: str, redis: 
     assert one.stdout == f"{ids[0]}: dropped\n{ids[1]}: dropped\n"
     assert "9-9: there is no such letter" in one.stderr
     assert (await worker(redis_url, "dead", "drop", "--all", "--reason", "reason 1")).exit_code == 0
+    other = [await worker(redis_url, "dead", *words, "--queue", "other") for words in (("drop", "--all"), ("list",))]
+    assert {result.stderr for result in other} == {"· no dead letter matches --queue and --reason\n"}
     assert [letter[b"job"] for letter in await letters(redis)] == [b"2-0", b"4-0"]
     assert (await worker(redis_url, "dead", "drop", "--all")).exit_code == 0
     assert await letters(redis) == []

@@ -21,7 +21,7 @@ from ..settings import load_settings
 from .options import CLIENT_OPTIONS, Surroundings, json_option, open_client, run_async, settings_options
 
 _NOT_FOUND = "there is no such letter: worker dead list shows all letters (one that is retried gets a new id)"
-_NONE = "· no dead letters"
+_ALL = LetterFilter()
 
 _Action = Callable[[StoredLetter], Awaitable[Object]]
 
@@ -57,14 +57,15 @@ def dead() -> None:
 @settings_options(*CLIENT_OPTIONS)
 def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object) -> None:
     """List dead letters, from oldest to newest."""
+    wanted = LetterFilter(queue, reason)
 
     async def print_them() -> None:
         async with _open_letters(settings) as (_, letters):
-            found = await letters.newest(limit, LetterFilter(queue, reason))
+            found = await letters.newest(limit, wanted)
         for stored in found:
             click.echo(to_json(_summary(stored)) if as_json else _summary_line(stored))
         if not found:
-            click.echo(_NONE, err=True)
+            click.echo(_none_of(wanted), err=True)
 
     run_async(print_them)
 
@@ -111,7 +112,7 @@ def retry(
             ]
             if every and not yes:
                 _confirm(f"Put {len(chosen)} jobs back?")
-            await _apply_to_each(letters, chosen, partial(put_back, client, letters), as_json=as_json)
+            await _apply_to_each(letters, chosen, partial(put_back, client, letters), wanted, as_json=as_json)
 
     run_async(put_all_back)
 
@@ -140,7 +141,7 @@ def drop(
             chosen = list(ids) or [EntryId.parse(stored.id) async for stored in letters.oldest_first(wanted)]
             if every and not yes:
                 _confirm(f"Drop {len(chosen)} dead letters for good?")
-            await _apply_to_each(letters, chosen, drop_one, as_json=as_json)
+            await _apply_to_each(letters, chosen, drop_one, wanted, as_json=as_json)
 
     run_async(drop_all)
 
@@ -168,7 +169,9 @@ async def put_back(client: Client, letters: DeadLetters, stored: StoredLetter) -
     return {"id": stored.id, "request": stored.request_id, "retried_as": request_id, "letter": letter}
 
 
-async def _apply_to_each(letters: DeadLetters, chosen: list[EntryId], action: _Action, *, as_json: bool) -> None:
+async def _apply_to_each(
+    letters: DeadLetters, chosen: list[EntryId], action: _Action, wanted: LetterFilter, *, as_json: bool
+) -> None:
     """Apply an action to one letter after another. A failure is reported, and the other letters are still processed."""
     failed = 0
     for letter_id in chosen:
@@ -193,7 +196,11 @@ async def _apply_to_each(letters: DeadLetters, chosen: list[EntryId], action: _A
     if failed:
         raise click.ClickException(f"{failed} of {len(chosen)} letters were not changed")
     if not chosen:
-        click.echo(_NONE, err=True)
+        click.echo(_none_of(wanted), err=True)
+
+
+def _none_of(wanted: LetterFilter) -> str:
+    return "· no dead letters" if wanted == _ALL else "· no dead letter matches --queue and --reason"
 
 
 def _check_selection(ids: tuple[EntryId, ...], *, every: bool, queue: str, reason: str) -> LetterFilter:
