@@ -225,7 +225,7 @@ async def test_texts_that_others_have_chosen_do_not_control_the_terminal(redis: 
 
 async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis, redis_url: str, write: Write) -> None:
     await write("dead", age=5, presence=True)
-    await write("blocked", age=8, presence=True)
+    await write("blocked", age=8, presence=True, silence=2.0, tokens_per_s=9.0)
     await write("late", age=5, presence=True)
     await write("early", age=8)
     async with redis.pubsub() as channels:
@@ -236,6 +236,8 @@ async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis
     assert {fault.subject: fault.fault for fault in found.faults} == {
         "worker dead": "worker_dead", "worker blocked": "worker_blocked", "worker early": "worker_silent"
     }  # fmt: skip
+    blocked = next(worker for worker in found.workers if worker.name == "blocked")
+    assert (blocked.tokens_per_s, blocked.silence >= 10) == (0, True), "its last record is not its state"
 
 
 async def test_a_cluster_is_surveyed(redis_binary: Path, tmp_path: Path) -> None:

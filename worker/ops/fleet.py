@@ -55,7 +55,10 @@ def is_silent(record: WorkerRecord, now: float, lease: float, *, is_connected: b
 
 
 def worker_states(records: Mapping[str, WorkerRecord], alive: Collection[str], now: float) -> list[WorkerState]:
-    """The states of the workers, by name. `alive` are the names of those that renew their records."""
+    """The states of the workers, by name. `alive` are the names of those that renew their records.
+
+    A silent worker has no rates, and its streams have been silent since its record at least.
+    """
     return [
         WorkerState(
             name=name,
@@ -66,9 +69,9 @@ def worker_states(records: Mapping[str, WorkerRecord], alive: Collection[str], n
             slots=record.slots,
             finished=record.finished,
             failed=record.failed,
-            done_per_s=record.finished_per_s,
-            tokens_per_s=record.tokens_per_s,
-            silence=record.silence,
+            done_per_s=record.finished_per_s if name in alive else 0.0,
+            tokens_per_s=record.tokens_per_s if name in alive else 0.0,
+            silence=record.silence if name in alive else round(record.silence + silence_of(record, now), 1),
             paused_queues=record.paused_queues,
             version=record.version,
             age=max(0.0, round(silence_of(record, now), 1)),

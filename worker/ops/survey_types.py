@@ -64,7 +64,8 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     `state` is `working`, `paused` (it takes no jobs, because of `reason`), `starting`, `draining`, or `silent` (its
     record was not renewed for too long). `paused_queues` are those of `queues` that an operator paused. `finished` and
     `failed` count since the start; `done_per_s` and `tokens_per_s` are rates. `silence` is how long its most silent
-    stream has had no event, and `age` the time since its record was renewed, both in seconds.
+    stream has had no event, and `age` the time since its record was renewed, both in seconds. A `silent` worker has no
+    rates, and its `silence` includes its `age`.
     """
 
     name: str
