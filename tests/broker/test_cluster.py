@@ -92,7 +92,7 @@ async def test_logs_of_every_master_are_written_and_followed(
 async def test_the_running_requests_of_every_master_are_listed(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=20))), redis_url=cluster_url)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=20, tokens=10_000))), redis_url=cluster_url)
     ids = {await client.enqueue(chat_request(f"question {number}"), id=f"running-{number}") for number in range(6)}
     running = RunningRequests(redis, Keys())
 
