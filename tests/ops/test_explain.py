@@ -53,6 +53,17 @@ async def test_a_waiting_request_has_its_place_and_what_it_waits_for(redis: Redi
         assert (story.waits, story.before) == (waits, None)
 
 
+async def test_a_job_of_a_plain_xadd_is_found_in_its_queue_before_a_worker_starts_it(redis: Redis) -> None:
+    for number in range(250):
+        await redis.xadd("chat:jobs:other", {"request": SECRET, "id": f"plain-{number}"})
+    job = (await stream(redis, "chat:jobs:other"))[-1][0].decode()
+    story = await story_of(redis, "plain-249")
+    assert (story.state, story.queue, story.job) == ("waiting", "other", job)
+    assert (story.waits, story.queued) == ("a worker that takes the job", int(job.partition("-")[0]))
+    assert (await story_of(redis, "plain-250")).state == "unknown"
+    await redis.delete("chat:jobs:other")
+
+
 async def test_a_request_that_went_on_elsewhere_has_its_attempts(
     redis: Redis, client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
@@ -113,4 +124,4 @@ async def test_the_command_prints_it_and_knows_nothing_of_an_unknown_request(red
     as_json = await asyncio.to_thread(runner.invoke, main, ["explain", request_id, "--json"])
     assert json.loads(as_json.output)["state"] == "waiting"
     unknown = await asyncio.to_thread(runner.invoke, main, ["explain", "nobody"])
-    assert (unknown.exit_code, "neither a log nor a tombstone" in unknown.output) == (1, True)
+    assert (unknown.exit_code, "no log, no tombstone and no waiting job" in unknown.output) == (1, True)

@@ -50,7 +50,7 @@ def _lines(story: "Story") -> Iterator[str]:
     outcome = f": {story.outcome}" if story.outcome else ""
     yield f"request {story.id} · {story.state}{outcome}{f' ({story.code})' if story.code else ''}"
     if story.state == "unknown":
-        yield "it has neither a log nor a tombstone: it was never added, or both have expired"
+        yield "it has no log, no tombstone and no waiting job: it was never added, or has expired"
     for name, text in (*_beginning(story), *_end(story)):
         yield f"  {name:<10} {text}"
 

@@ -32,6 +32,7 @@ from ..contract.records import Tombstone
 from ..engine.outline import BETWEEN_MODELS
 from ..redisio.errors import is_permission_denied
 from ..redisio.scripts import Script
+from .queues import find_queues
 
 State: TypeAlias = Literal["unknown", "waiting", "running", "ended", "expired"]
 
@@ -42,15 +43,23 @@ _SEARCHED_FOR = 2000
 _LETTER_BEFORE_END = 60_000
 """Milliseconds that a dead letter may be older than its request's end: the seal comes before the letter."""
 
+_SEARCH_STEP = 100
+_MOST_SEARCHED = 10_000
+"""The most jobs of a queue that are searched for a request without a log, and how many a step reads."""
+
 _FIND_JOB = Script("""
-for _, job in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', 1000)) do
+local last = ''
+for _, job in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', ARGV[4])) do
+  last = job[1]
   for field = 1, #job[2], 2 do
-    if job[2][field] == 'id' and job[2][field + 1] == ARGV[1] then return job[1] end
+    if job[2][field] == 'id' and job[2][field + 1] == ARGV[1] then return {last, last} end
   end
 end
-return ''
+return {'', last}
 """)
-"""The id of the job of a request among the jobs that were added in a time, without its prompt."""
+"""The id of a request's job among some jobs, or an empty text, and that of the last job read. It returns no prompt.
+
+ARGV: the request, the first and the last id, the number of jobs."""
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +137,8 @@ async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
     )
     if story.state == "unknown" and tombstone is not None:
         return msgspec.structs.replace(story, state="expired", outcome=tombstone.outcome)
+    if story.state == "unknown":
+        story = await _search_queues(redis, keys, story)
     if story.state in {"waiting", "running"}:
         return await _locate(redis, keys, story)
     if story.code and story.job:
@@ -206,18 +217,43 @@ async def _entries(redis: Redis, key: str) -> AsyncIterator[AnyEntry]:
         after = f"({page[-1][0].decode()}"
 
 
+async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:
+    """Find a job that was added without a `queued` entry, as by a plain XADD, and that no worker has started."""
+    for queue in sorted(await find_queues(redis, keys) or ()):
+        after = "-"
+        for _ in range(0, _MOST_SEARCHED, _SEARCH_STEP):
+            try:
+                found, last = await _FIND_JOB.run_on(
+                    redis, [keys.jobs(queue)], [story.id, after, "+", str(_SEARCH_STEP)]
+                )
+            except ResponseError as error:
+                if not is_permission_denied(error):
+                    raise
+                break
+            if job := cast("bytes", found).decode():
+                queued = int(job.partition("-")[0])
+                return msgspec.structs.replace(story, state="waiting", queue=queue, job=job, queued=queued)
+            if not last:
+                break
+            after = f"({last.decode()}"
+    return story
+
+
 async def _locate(redis: Redis, keys: Keys, story: Story) -> Story:
     """Find where the job of an unfinished request is: unread, parked, handed over, or with a worker."""
     key, job = keys.jobs(story.queue), story.job
     try:
         if not job and story.queued:
             window = [str(story.queued - 1), str(story.queued + _SEARCHED_FOR)]
-            job = cast("bytes", await _FIND_JOB.run_on(redis, [key], [story.id, *window])).decode()
+            found, _ = await _FIND_JOB.run_on(redis, [key], [story.id, *window, str(_PAGE)])
+            job = cast("bytes", found).decode()
         pending = cast("list[dict[str, Any]]", await redis.xpending_range(key, GROUP, job, job, 1) if job else [])
     except ResponseError as error:
-        if not (is_permission_denied(error) or str(error).startswith("NOGROUP")):
+        if is_permission_denied(error):
+            return msgspec.structs.replace(story, job=job)
+        if not str(error).startswith("NOGROUP"):
             raise
-        return msgspec.structs.replace(story, job=job)
+        pending = []  # no worker has ever served the queue
     consumer = pending[0]["consumer"].decode("utf-8", "replace") if pending else ""
     waits, before = "", None
     if is_line(consumer):
