@@ -17,6 +17,7 @@ from worker.broker.consumers import HANDED_OVER, WAITING
 from worker.cli.main import main
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
+from worker.contract.records import WorkerRecord
 from worker.ops.explain import Story, explain
 from worker.sandbox.simulator.server import Options, Scenario
 
@@ -41,7 +42,14 @@ async def test_a_waiting_request_has_its_place_and_what_it_waits_for(redis: Redi
     ids = [await client.enqueue(REQUEST) for _ in range(3)]
     first, *_, last = [await story_of(redis, request_id) for request_id in ids]
     assert (first.state, first.before, last.before) == ("waiting", 0, 2)
-    assert last.waits == "a worker that takes the job"
+    assert last.waits == "a worker that serves the queue: none does"
+    beat = (await redis.time())[0] * 1000
+    record = WorkerRecord(name="w", beat=beat, started=beat, slots=8, running=0, finished=0, queues=("default",))
+    await redis.hset("chat:workers", "w", to_json(record))
+    assert (await story_of(redis, ids[-1])).waits == "a worker that takes the job"
+    await redis.hset("chat:control", "pause:default", to_json({"by": "ann", "since": beat}))
+    assert (await story_of(redis, ids[-1])).waits == "the end of the queue's pause (worker resume default)"
+    await redis.delete("chat:workers", "chat:control")
     assert [first.job, last.job] == [(await stream(redis, "chat:jobs"))[at][0].decode() for at in (0, -1)]
     for consumer, waits in (
         (f"{WAITING}-:big", "room at a vLLM server for big: the job is parked"),
@@ -59,7 +67,7 @@ async def test_a_job_of_a_plain_xadd_is_found_in_its_queue_before_a_worker_start
     job = (await stream(redis, "chat:jobs:other"))[-1][0].decode()
     story = await story_of(redis, "plain-249")
     assert (story.state, story.queue, story.job) == ("waiting", "other", job)
-    assert (story.waits, story.queued) == ("a worker that takes the job", int(job.partition("-")[0]))
+    assert (story.waits, story.queued) == ("a worker that serves the queue: none does", int(job.partition("-")[0]))
     assert (await story_of(redis, "plain-250")).state == "unknown"
     await redis.delete("chat:jobs:other")
 

@@ -8,9 +8,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..broker.consumers import HANDED_OVER, ConsumerState, is_line
+from ..broker.control import Control
 from ..broker.dead_letters import DeadLetters
 from ..broker.parked_jobs import lines_among
-from ..broker.queue_depth import backlog_of, jobs_before
+from ..broker.queue_depth import backlog_of, is_served, jobs_before
 from ..contract.entries import (
     AnyEntry,
     Claimed,
@@ -239,6 +240,21 @@ async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:
     return story
 
 
+async def _hindrance_of(redis: Redis, keys: Keys, queue: str) -> str:
+    """What an unread job of a queue waits for."""
+    seconds, _ = await redis.time()
+    try:
+        pauses = (await Control(redis, keys, lambda: seconds * 1000).read()).pauses
+        if queue in pauses:
+            return f"the end of the queue's pause (worker resume {queue})"
+        if not await is_served(redis, keys, queue):
+            return "a worker that serves the queue: none does"
+    except ResponseError as error:
+        if not is_permission_denied(error):
+            raise
+    return "a worker that takes the job"
+
+
 async def _locate(redis: Redis, keys: Keys, story: Story) -> Story:
     """Find where the job of an unfinished request is: unread, parked, handed over, or with a worker."""
     key, job = keys.jobs(story.queue), story.job
@@ -265,6 +281,6 @@ async def _locate(redis: Redis, keys: Keys, story: Story) -> Story:
     elif story.state == "waiting" and consumer:
         waits = f"its first entry by worker {consumer}, which has taken the job"
     elif story.state == "waiting":
-        waits = "a worker that takes the job"
+        waits = await _hindrance_of(redis, keys, story.queue)
         before = jobs_before(story.queued, await backlog_of(redis, key)) if story.queued else None
     return msgspec.structs.replace(story, job=job, waits=waits, before=before)
