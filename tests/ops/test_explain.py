@@ -38,8 +38,21 @@ async def story_of(redis: Redis, request_id: str) -> Story:
     return await explain(redis, Keys(), request_id)
 
 
+async def enqueue_in_a_millisecond_of_its_own(redis: Redis, client: Client) -> str:
+    """The place in a queue is estimated by the milliseconds in which jobs were added."""
+    request_id = await client.enqueue(REQUEST)
+    newest, _ = (await stream(redis, "chat:jobs"))[-1]
+
+    async def has_passed() -> bool:
+        seconds, microseconds = await redis.time()
+        return seconds * 1000 + microseconds // 1000 > int(newest.partition(b"-")[0])
+
+    await eventually(has_passed)
+    return request_id
+
+
 async def test_a_waiting_request_has_its_place_and_what_it_waits_for(redis: Redis, client: Client) -> None:
-    ids = [await client.enqueue(REQUEST) for _ in range(3)]
+    ids = [await enqueue_in_a_millisecond_of_its_own(redis, client) for _ in range(3)]
     first, *_, last = [await story_of(redis, request_id) for request_id in ids]
     assert (first.state, first.before, last.before) == ("waiting", 0, 2)
     assert last.waits == "a worker that serves the queue: none does"
