@@ -1,11 +1,13 @@
 """The application as its user sees it: what is on the screen, and what the keys do to a real Redis."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
+import pytest
 from conftest import StartProcess, StartSimulator
 from durable_redis import Durable
 from pending_jobs import append, pend
@@ -222,6 +224,17 @@ async def test_nothing_is_claimed_before_the_first_picture() -> None:
         assert "worker" in svg
         assert "no worker runs" not in svg.replace("&#160;", " ")
         assert "hidden-pw" not in svg
+
+
+@pytest.mark.parametrize("steps", range(0, 96, 12))
+async def test_it_can_be_left_in_the_middle_of_a_picture(steps: int) -> None:
+    """A screen that closes loses its widgets before the loop that takes pictures ends."""
+    async with (
+        Installation("redis://127.0.0.1:1/0", "chat", lease=15) as installation,
+        TopApp(installation, every=0.0).run_test(),  # another picture begins at once
+    ):
+        for _ in range(steps):
+            await asyncio.sleep(0)
 
 
 async def test_a_missing_right_is_named_and_the_rest_is_shown(redis: Redis, redis_url: str) -> None:

@@ -1,7 +1,7 @@
 """The screen with a request's answer, as it arrives. Only this screen shows content, when a person asks for it."""
 
 import re
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import ClassVar
 
 from rich.text import Text
@@ -9,6 +9,7 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
@@ -75,7 +76,8 @@ class FollowScreen(Screen[None]):
 
     def _paint_news(self) -> None:
         if not self._painted:
-            self._paint()
+            with suppress(NoMatches):  # a screen that closes loses its widgets before its timers
+                self._paint()
 
     def _paint(self) -> None:
         """Show the answer so far. A reader at its end stays there; one who has scrolled back stays at that place."""

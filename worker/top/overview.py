@@ -12,6 +12,7 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
@@ -109,7 +110,7 @@ class Overview(Screen[None]):
         self.query_one("#requests").focus()
         self._watch()
         self._paint_head()
-        self.set_interval(1.0, self._paint_head)
+        self.set_interval(1.0, self._paint_clock)
 
     # Pictures
 
@@ -118,7 +119,9 @@ class Overview(Screen[None]):
         """Take pictures without end."""
         while True:
             self._refresh_now.clear()
-            self._show(await self._installation.read())
+            picture = await self._installation.read()
+            with suppress(NoMatches):  # a screen that closes loses its widgets before its workers and timers
+                self._show(picture)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._every):
                     await self._refresh_now.wait()
@@ -142,6 +145,10 @@ class Overview(Screen[None]):
             self._away_since = self._taken or time.time()
         self.set_class(not picture.redis_answers, "away")
         self._paint_head()
+
+    def _paint_clock(self) -> None:
+        with suppress(NoMatches):  # as above
+            self._paint_head()
 
     def _paint_head(self) -> None:
         taken = _clock(self._taken) if self._taken else "reading …"
