@@ -103,7 +103,7 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
     (["-hset"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hset"),
     (["-hgetall"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hgetall"),
     (["-xtrim"], "warning", "the job streams are not trimmed", "ACL SETUSER <user> +xtrim"),
-    (["-memory|usage"], "warning", "the memory of the lifecycle is only", "ACL SETUSER <user> +memory|usage"),
+    (["-memory"], "warning", "the memory of the lifecycle is only", "ACL SETUSER <user> +memory|usage"),
     (["-hincrby"], "warning", "nobody knows how many entries", "ACL SETUSER <user> +hincrby"),
     (["-xlen"], "error", f"{NOTHING}+xlen", "ACL SETUSER <user> +xlen"),
     (["-info"], "warning", "version, memory and storage of Redis are not checked", "ACL SETUSER <user> +info"),
