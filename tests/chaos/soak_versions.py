@@ -1,4 +1,4 @@
-"""Clients of two versions of the package in the soak: each adds requests and follows them, whoever writes the logs."""
+"""Clients of two versions of the package in the soak. Workers of either version may answer their requests."""
 
 import asyncio
 import os

@@ -53,7 +53,7 @@ def _check_why(_ctx: click.Context, _parameter: click.Parameter, value: str) -> 
 
 _queue = click.argument("queue", callback=_check_queue)
 _why = click.option(
-    "--why", default="", metavar="TEXT", callback=_check_why, help="The reason, for whoever sees this later."
+    "--why", default="", metavar="TEXT", callback=_check_why, help="The reason, shown beside the pause or drain."
 )
 
 

@@ -12,8 +12,8 @@ from ..telemetry.events import QueuePaused, QueueResumed, Telemetry
 class QueuePauses:
     """The pauses of a worker's queues, as last read. `now` is Redis's time in Unix ms.
 
-    Whoever claims jobs of a queue checks `is_paused` and enters `claiming` in one step of the event loop. So no job of
-    a queue in `in_effect` starts here, except jobs that other workers have begun.
+    A caller that claims jobs of a queue checks `is_paused` and enters `claiming` in one step of the event loop. So no
+    job of a queue in `in_effect` starts here, except jobs that other workers have begun.
     """
 
     def __init__(self, queues: Sequence[str], now: Callable[[], int], telemetry: Telemetry) -> None:

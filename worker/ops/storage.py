@@ -19,7 +19,7 @@ from .units import size
 
 _REFUSALS_READ = 32
 _USER_SHOWN = 60
-"""Characters of the name of a user that is shown: whoever tries to log in has chosen it."""
+"""Characters of the name of a user that is shown. The program that tries to log in has chosen it."""
 _REFUSED_LATELY = 30.0
 """Seconds for which a refused login is a fault. A worker tries again every two seconds at the latest."""
 
