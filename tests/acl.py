@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from documents import DEPLOY, ROOT
+from documents import REDIS, ROOT
 
 FILE = ROOT / "deploy/redis/users.acl"
 PASSWORD = "PASSWORD"
@@ -51,15 +51,15 @@ def without(role: str, right: str) -> list[str]:
 
 
 def file_with_passwords(folder: Path, *, is_old: bool) -> tuple[Path, dict[str, str]]:
-    """Run the example of deploy/README.md that gives each user a password; returns the new file and the passwords.
+    """Run the example of deploy/redis.md that gives each user a password; returns the new file and the passwords.
 
-    The administrator then needs none. For Redis 6.2 (`is_old`) the file has the change that deploy/README.md states.
+    The administrator then needs none. For Redis 6.2 (`is_old`) the file has the change that deploy/redis.md states.
     """
     for source in FILE.parent.iterdir():
         copy = folder / source.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, copy)
-    command = ["bash", "-euo", "pipefail", "-c", DEPLOY.example("passwords")]
+    command = ["bash", "-euo", "pipefail", "-c", REDIS.example("passwords")]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     urls = [urlsplit(file.read_text()) for file in (folder / "secrets").glob("redis-url-*")]
     text = re.sub(rf"^user {ADMIN} on #\w+", f"user {ADMIN} on nopass", (folder / "secrets" / FILE.name).read_text())

@@ -2,7 +2,7 @@
 
     python tests/documents.py
 
-writes the generated parts, the tables of settings in deploy/README.md.
+writes the generated parts, the tables of settings in deploy/settings.md.
 """
 # ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
 
@@ -92,17 +92,20 @@ README = Document.read("README.md")
 CONTRACT = Document.read("worker/contract/README.md")
 API = Document.read("worker/client/README.md")
 GATEWAY = Document.read("worker/gateway/README.md")
-DEPLOY = Document.read("deploy/README.md")
+COMMANDS = Document.read("deploy/commands.md")
+FAILURES = Document.read("deploy/failures.md")
+MONITORING = Document.read("deploy/monitoring.md")
+REDIS = Document.read("deploy/redis.md")
 SECRETS = Document.read("deploy/secrets.md")
+SETTINGS = Document.read("deploy/settings.md")
 BENCHMARKS = Document.read("tests/benchmarks/README.md")
 CHAOS = Document.read("tests/chaos/README.md")
 CONTRIBUTING = Document.read("CONTRIBUTING.md")
-_OTHERS = (
-    SECRETS,
-    *map(Document.read, ("deploy/sizing.md", "deploy/upgrade.md", "deploy/backup.md")),
-    *map(Document.read, ("CHANGELOG.md", "tests/transcripts/README.md")),
+_OTHERS = ("CHANGELOG.md", "tests/transcripts/README.md")
+DOCUMENTS = (
+    *(README, CONTRACT, API, GATEWAY, BENCHMARKS, CHAOS, CONTRIBUTING),
+    *map(Document.read, (*(f"deploy/{page.name}" for page in sorted((ROOT / "deploy").glob("*.md"))), *_OTHERS)),
 )
-DOCUMENTS = (README, CONTRACT, API, GATEWAY, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
 
 
 def settings_table(source: SettingsSource[Any] = WORKER_SOURCE) -> str:
@@ -136,5 +139,5 @@ def _anchor(title: str) -> str:
 
 
 if __name__ == "__main__":
-    DEPLOY.path.write_text(with_settings_table(DEPLOY.text))
-    click.echo(f"the tables of settings are written to {DEPLOY}")
+    SETTINGS.path.write_text(with_settings_table(SETTINGS.text))
+    click.echo(f"the tables of settings are written to {SETTINGS}")

@@ -20,13 +20,16 @@ from documents import (
     API,
     BENCHMARKS,
     CHAOS,
+    COMMANDS,
     CONTRACT,
     CONTRIBUTING,
-    DEPLOY,
     DOCUMENTS,
+    FAILURES,
     GATEWAY,
+    MONITORING,
     README,
     ROOT,
+    SETTINGS,
     Document,
     Example,
     settings_table,
@@ -308,7 +311,7 @@ async def test_the_redis_cli_lines_of_the_readme_enqueue_follow_and_cancel(redis
 
 def test_the_table_of_settings_is_the_generated_one() -> None:
     for source in (WORKER_SOURCE, GATEWAY_SOURCE):
-        assert settings_table(source) in DEPLOY.text, "write the tables anew: python tests/documents.py"
+        assert settings_table(source) in SETTINGS.text, "write the tables anew: python tests/documents.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
@@ -396,13 +399,13 @@ def test_every_log_event_is_described() -> None:
     lasting = re.compile(r'(?:\b(?:Backoff|Failing|failing|Outage)\(|\bwhat(?:: str)? ?= ?)"(\w+)"')
     lasting_names = {name for source in sources for name in lasting.findall(source)}
     assert len(lasting_names) > 5
-    assert (names | lasting_names) - DEPLOY.first_cells == set()
+    assert (names | lasting_names) - MONITORING.first_cells == set()
 
 
 def test_every_fault_is_described_in_order() -> None:
     faults = [name for name in get_args(Fault) if name]
     described = re.findall(
-        r"^\| `(\w+)` ", DEPLOY.text.partition("### Faults\n")[2].partition("\n### ")[0], re.MULTILINE
+        r"^\| `(\w+)` ", FAILURES.text.partition("## Faults\n")[2].partition("\n## ")[0], re.MULTILINE
     )
     assert described == faults
 
@@ -410,7 +413,7 @@ def test_every_fault_is_described_in_order() -> None:
 def test_every_command_is_described() -> None:
     from worker.cli.main import main  # noqa: PLC0415 - it loads what no other test here needs
 
-    words = {word.split()[1] for word in DEPLOY.first_cells if word.startswith("worker ")}
+    words = {word.split()[1] for word in COMMANDS.first_cells if word.startswith("worker ")}
     assert words == set(main.commands)
 
 

@@ -1,7 +1,7 @@
 """The settings of a worker: read from options, the environment and a .env file, in this order, and checked.
 
 A variable that is empty counts as not set. The descriptions are the text of `worker run --help` and of the table in
-deploy/README.md.
+deploy/settings.md.
 """
 
 import re

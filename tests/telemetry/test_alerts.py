@@ -7,7 +7,7 @@ from typing import Any
 
 import promql_parser
 import pytest
-from documents import DEPLOY, ROOT
+from documents import FAILURES, ROOT
 from promql_parser import Expr, VectorSelector
 
 from worker.telemetry.gateway_metrics import GatewayMetrics
@@ -74,8 +74,8 @@ def test_an_expression_names_series_that_exist(where: str, expression: str) -> N
 def test_every_alert_is_read_and_says_what_to_do() -> None:
     assert [name for name, _ in rules()] == NAMES
     assert len(set(NAMES)) == len(NAMES) == ALERTS.count("summary:") == ALERTS.count("severity: ") - 1
-    assert ALERTS.count("runbook: deploy/README.md#alerts\n") == len(NAMES)
-    section = DEPLOY.text.split("\n### Alerts\n")[1].split("\n## ")[0]
+    assert ALERTS.count("runbook: deploy/failures.md#alerts\n") == len(NAMES)
+    section = FAILURES.text.split("\n## Alerts\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == NAMES
 
 

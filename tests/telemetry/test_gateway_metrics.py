@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from documents import DEPLOY
+from documents import MONITORING
 
 from worker.telemetry.events import Event
 from worker.telemetry.gateway_events import ProbeServed, RequestServed
@@ -57,6 +57,6 @@ def test_an_event_is_counted(events: list[Event], name: str, labels: dict[str, s
 
 
 def test_every_metric_is_described() -> None:
-    described = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_gateway_\w+)", DEPLOY.text)}
+    described = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_gateway_\w+)", MONITORING.text)}
     names = {metric.name for metric in new_metrics().registry.collect()}
     assert names - {"vllm_relay_build_info", "vllm_relay_loop_delay_seconds"} == described

@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 from conftest import StartSimulator, StartWorker
-from documents import DEPLOY
+from documents import MONITORING
 from prometheus_client import generate_latest
 from proxy import Proxy
 from redis.asyncio import Redis
@@ -288,5 +288,5 @@ def test_a_bad_address_is_refused(bad: str) -> None:
 
 def test_every_metric_is_described() -> None:
     names = {metric.name for metric in Metrics().registry.collect()}
-    named = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_(?!gateway_)\w+)", DEPLOY.text)}
+    named = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_(?!gateway_)\w+)", MONITORING.text)}
     assert named == names

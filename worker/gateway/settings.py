@@ -1,6 +1,6 @@
 """The settings of a gateway: read from options, the environment and a .env file, in this order, and checked.
 
-The descriptions are the text of `worker gateway --help` and of the table in deploy/README.md.
+The descriptions are the text of `worker gateway --help` and of the table in deploy/settings.md.
 """
 
 import ipaddress

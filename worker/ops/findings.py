@@ -13,8 +13,8 @@ Fault: TypeAlias = Literal[
     "worker_blocked", "worker_silent", "vllm_away", "vllm_login", "vllm_silent", "vllm_full", "queue_unserved",
     "queue_paused", "queue_full", "poison_job", "leases_differ", "lifecycle_behind",
 ]  # fmt: skip
-"""The names of faults, the most severe first. They are published: deploy/README.md has what each means. The empty name
-is that of a finding that is no fault."""
+"""The names of faults, the most severe first. They are published: deploy/failures.md has what each means. The empty
+name is that of a finding that is no fault."""
 
 _V = TypeVar("_V", str, float)
 _NAMES_SHOWN = 3

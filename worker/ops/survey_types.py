@@ -1,6 +1,6 @@
 """What `worker status` shows, as data: queues, workers, vLLM servers, Redis, dead letters and faults. No I/O.
 
-The names of the fields are published: `worker status --json` prints them, and deploy/README.md documents them.
+The names of the fields are published: `worker status --json` prints them, and deploy/commands.md documents them.
 """
 
 from typing import Literal, TypeAlias

@@ -1,8 +1,8 @@
 """The Prometheus metrics of one worker: their names, how events are counted, and the server for scrapers.
 
 To add a metric: emit an event where the thing happens (`worker.telemetry.events`), create the metric in `Metrics`,
-count the event in `Metrics.emit`, and add a row to the table of metrics in deploy/README.md, which a test compares with
-these names. A value that is read at each scrape, not counted, goes into `observe_worker` or `observe_server`.
+count the event in `Metrics.emit`, and add a row to the table of metrics in deploy/monitoring.md, which a test compares
+with these names. A value that is read at each scrape, not counted, goes into `observe_worker` or `observe_server`.
 
 Nothing is counted per token, and no label holds text of a job.
 
