@@ -15,7 +15,7 @@ from conftest import StartSimulator
 from raw_server import sending
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
-from waits import eventually
+from waits import eventually, has_run_for
 
 from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord
@@ -90,7 +90,11 @@ async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
     await redis.set("chat:jobs", "something else", ex=60)
     (queue,) = about(await found(redis_url=redis_url, vllm_urls=simulator.url), "queue")
     assert queue == Finding(
-        "error", "queue default", "the key chat:jobs is not a stream", "choose another WORKER_PREFIX"
+        "error",
+        "queue default",
+        "the key chat:jobs is not a stream",
+        "remove it, or choose another WORKER_PREFIX",
+        "queue_unserved",
     )
 
 
@@ -122,9 +126,11 @@ async def test_workers_are_counted_and_silent_or_paused_ones_are_listed(
 ) -> None:
     now = (await redis.time())[0] * 1000
     for name, beat, why in (("busy", now, ""), ("waiting", now, "no_vllm"), ("killed", now - 60_000, "")):
-        line = WorkerRecord(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why)
+        lease = 1.0 if name == "killed" else 0.0
+        line = WorkerRecord(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why, lease=lease)
         await redis.hset("chat:workers", name, to_json(line))
     await redis.hset("chat:workers", "garbled", "{")
+    await has_run_for(redis, 2)
     findings = await found(redis_url=redis_url, vllm_urls=simulator.url, lease=15)
     assert about(findings, "workers") == [Finding("ok", "workers", "alive: 2; of their 16 slots in use: 6")]
     killed, waiting = about(findings, "worker ")

@@ -8,7 +8,7 @@ import pytest
 from conftest import StartSimulator, StartWorker
 from prometheus_client.samples import Sample
 from redis.asyncio import Redis
-from waits import eventually
+from waits import eventually, has_run_for
 
 from worker import Client
 from worker.broker.consumers import HANDED_OVER, WAITING
@@ -80,9 +80,10 @@ async def test_a_lease_other_than_that_of_the_workers_is_a_warning(record: Recor
 
 
 async def test_a_worker_is_silent_after_half_of_its_own_lease(record: Record, find: Find, redis: Redis) -> None:
+    await has_run_for(redis, 3)
     now = (await redis.time())[0] * 1000
     await record("long", lease=60, beat=now - 20_000)
-    await record("short", lease=6, beat=now - 10_000)
+    await record("short", lease=2, beat=now - 10_000)
     assert [finding.subject for finding in await find("worker ")] == ["worker short"]
 
 

@@ -1,4 +1,4 @@
-"""The forecast of `worker check` of the memory that Redis will need."""
+"""The forecast of `worker check` and `worker status` of the memory that Redis will need."""
 
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
+from worker.cli.status_view import lines_of
 from worker.contract.keys import Keys
 from worker.ops.findings import Finding
 from worker.ops.memory_forecast import MemoryForecast, check_memory, forecast_memory
+from worker.ops.survey import Surveyor
+from worker.ops.survey_types import RedisState
+from worker.redisio.clients import command_client
 from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
 
 KEYS = Keys()
@@ -103,6 +107,26 @@ async def test_a_load_that_will_fill_redis_is_a_warning_with_the_time_that_is_le
     (finding,) = await check_memory(own_redis, KEYS, "Redis")
     assert finding.level == "ok"
     assert finding.message.endswith("; maxmemory is not set")
+
+
+async def test_one_picture_of_the_status_has_the_forecast(own_redis: Redis, own_server: EmbeddedRedis) -> None:
+    async def status() -> tuple[RedisState, str]:
+        async with command_client(own_server.url) as redis:
+            found = await Surveyor(redis, KEYS, own_server.url, lease=15).survey()
+        (line,) = [line for line in lines_of(found) if line.startswith("Redis ")]
+        return found.redis[0], line
+
+    assert (await status())[1].endswith("no limit  -")
+    await own_redis.config_set("maxmemory", "10gb")
+    assert (await status())[1].endswith("too little load")
+    await finish(own_redis, 300, within=100, tokens=50)
+    state, line = await status()
+    assert line.endswith("not at this rate")
+    assert state.needed
+    await own_redis.config_set("maxmemory", (state.used + state.needed) // 2)
+    state, line = await status()
+    assert state.full_in == pytest.approx((await forecast_of(own_redis)).full_in, rel=0.2)
+    assert line.endswith(" min")
 
 
 @pytest.mark.parametrize(("requests", "within"), [(0, 1), (19, 200), (500, 1)])

@@ -14,6 +14,7 @@ from conftest import stream
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
 from topology import cluster
+from waits import has_run_for
 
 from worker import Client
 from worker.broker.consumers import WAITING
@@ -24,6 +25,7 @@ from worker.contract.keys import Keys
 from worker.contract.records import ControlEntry, QueueCounts, ServerRecord, WorkerRecord
 from worker.engine.poison import WITHOUT_PROGRESS
 from worker.ops.findings import Fault, Finding
+from worker.ops.reading import read_installation
 from worker.ops.survey import Surveyor
 from worker.ops.survey_types import (
     DeadLetterState,
@@ -34,7 +36,7 @@ from worker.ops.survey_types import (
     WorkerState,
 )
 from worker.redisio.clients import command_client
-from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.embedded_redis import free_port, start_redis
 
 REQUEST = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -77,7 +79,7 @@ async def test_of_an_empty_redis_there_is_no_fault(redis_url: str) -> None:
     found = await survey(redis_url)
     assert (found.faults, found.queues, found.workers, found.unread) == ((), (), (), ())
     assert found.dead_letters == DeadLetterState()
-    assert found.serves_all
+    assert not found.has_error
 
 
 async def test_a_redis_that_gives_no_answer_is_the_only_fault(redis: Redis, redis_url: str) -> None:
@@ -89,7 +91,7 @@ async def test_a_redis_that_gives_no_answer_is_the_only_fault(redis: Redis, redi
         assert names(found) == [name]
         assert found.faults[0].fix
         assert "hidden-pw" not in str(found)
-        assert not found.serves_all
+        assert found.has_error
     assert names(await survey(redis_url)) == ["redis_login"], "a refused login of somebody else is a fault for a while"
     await redis.acl_log_reset()
     await redis.acl_deluser("guarded")
@@ -224,10 +226,11 @@ async def test_texts_that_others_have_chosen_do_not_control_the_terminal(redis: 
 
 
 async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis, redis_url: str, write: Write) -> None:
-    await write("dead", age=5, presence=True)
-    await write("blocked", age=8, presence=True, silence=2.0, tokens_per_s=9.0)
-    await write("late", age=5, presence=True)
-    await write("early", age=8)
+    await has_run_for(redis, 5)
+    await write("dead", age=3, presence=True, lease=4.0)
+    await write("blocked", age=5, presence=True, lease=4.0, silence=5.0, tokens_per_s=9.0)
+    await write("late", age=0, presence=True, lease=4.0)
+    await write("early", age=5, lease=4.0)
     async with redis.pubsub() as channels:
         await channels.subscribe(Keys().presence("blocked"), Keys().presence("late"))
         while (await channels.get_message(timeout=1) or {}).get("data") != 2:
@@ -238,6 +241,50 @@ async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis
     }  # fmt: skip
     blocked = next(worker for worker in found.workers if worker.name == "blocked")
     assert (blocked.tokens_per_s, blocked.silence >= 10) == (0, True), "its last record is not its state"
+
+
+async def test_no_worker_is_silent_for_longer_than_redis_could_receive_its_record(redis: Redis, write: Write) -> None:
+    await write("dead", age=1000, presence=True)
+    await write("early", age=1000)
+    for seconds, alive in ((1000.0, set[str]()), (5.0, {"early"}), (1.0, {"dead", "early"}), (None, {"dead", "early"})):
+        reading = await read_installation(redis, Keys(), 15, renewable_for=seconds)
+        assert set(reading.alive) == alive, seconds
+    reading = await read_installation(redis, Keys(), 15, renewable_for=0)
+    assert (set(reading.alive), reading.connected) == ({"early"}, {"dead": False})
+
+
+async def test_of_a_redis_that_has_just_started_no_worker_is_silent() -> None:
+    with start_redis() as server:
+        async with Redis.from_url(server.url, protocol=2) as redis:
+            await Write(redis)("a", age=100_000, lease=6000.0)
+            await redis.xadd("chat:jobs", {"id": "x"})
+            found = await survey(server.url)
+            assert (found.faults, [queue.workers for queue in found.queues]) == ((), [1])
+
+
+async def test_a_full_redis_is_the_first_fault_and_its_workers_are_known_by_their_connections() -> None:
+    with start_redis() as server:
+        async with Redis.from_url(server.url, protocol=2) as redis, redis.pubsub() as channels:
+            write = Write(redis)
+            await write("up", age=1000, presence=True, paused="no_vllm", tokens_per_s=7.0)
+            await write("gone", age=1000, presence=True)
+            await write("early", age=1000)
+            await redis.xadd("chat:jobs", {"id": "x"})
+            await channels.subscribe(Keys().presence("up"))
+            while (await channels.get_message(timeout=1) or {}).get("data") != 1:
+                pass
+            await redis.config_set("maxmemory", 1)
+            found = await survey(server.url)
+            assert names(found) == ["redis_full", "worker_dead"]
+            assert [queue.workers for queue in found.queues] == [2]
+            assert {worker.name: (worker.state, worker.reason, worker.tokens_per_s) for worker in found.workers} == {
+                "early": ("unknown", "", 0), "gone": ("silent", "", 0), "up": ("connected", "", 0)
+            }  # fmt: skip
+            await redis.config_set("maxmemory", 0)
+            await redis.replicaof("127.0.0.1", "1")
+            found = await survey(server.url)
+            assert names(found) == ["redis_refuses"], "its workers are connected to the master"
+            assert {worker.state for worker in found.workers} == {"unknown"}
 
 
 async def test_a_cluster_is_surveyed(redis_binary: Path, tmp_path: Path) -> None:
@@ -281,20 +328,32 @@ async def status(url: str, *options: str) -> Result:
     return await asyncio.to_thread(runner.invoke, main, ["status", *options])
 
 
-async def test_the_exit_status_is_1_if_jobs_wait_that_nobody_serves_or_without_redis(
-    redis_url: str, client: Client, write: Write
+async def test_the_exit_status_is_1_if_a_fault_is_an_error(
+    redis: Redis, redis_url: str, client: Client, write: Write
 ) -> None:
     assert (await status(redis_url)).exit_code == 0
     await client.enqueue(REQUEST)
     alone = await status(redis_url, "--json")
     assert alone.exit_code == 1
     printed = json.loads(alone.output)
-    assert [fault["fault"] for fault in printed["faults"]] == ["no_worker"]
+    assert [(fault["fault"], fault["level"]) for fault in printed["faults"]] == [("no_worker", "error")]
     assert set(printed) == set(Survey.__struct_fields__)
     await write("a")
     served = await status(redis_url)
     assert served.exit_code == 0
     assert served.output.startswith("no fault is known")
+    await client.enqueue(REQUEST, queue="other")
+    await redis.hset("chat:control", "pause:other", to_json(ControlEntry(by="me@here", since=1)))
+    unserved = await status(redis_url, "--json")
+    assert unserved.exit_code == 1
+    found = json.loads(unserved.output)["faults"]
+    assert [(fault["fault"], fault["level"]) for fault in found] == [
+        ("queue_unserved", "error"), ("queue_paused", "warning")
+    ]  # fmt: skip
+    await write("b", queues=["other"])
+    paused = await status(redis_url)
+    assert paused.exit_code == 0
+    assert paused.output.startswith("warning queue other: it is paused by me@here")
     away = await status(f"redis://127.0.0.1:{free_port()}")
     assert away.exit_code == 1
     assert "start Redis there" in away.output

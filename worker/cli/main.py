@@ -41,7 +41,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, given: bool)
 @click.group(
     cls=SectionedGroup,
     sections=_SECTIONS,
-    epilog="To begin: worker demo",
+    epilog="Exit status: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C. To begin: worker demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(

@@ -28,7 +28,8 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
 
     The parts are queues, workers, vLLM servers, Redis and dead letters.
 
-    Exit status 1 if jobs wait in a queue that no worker serves, or if Redis does not answer.
+    Exit status 1 if one of the faults is an error: Redis does not answer, is full or refuses writes, or jobs wait
+    that no worker takes. Warnings leave it at 0. With --watch it is 130, that of Ctrl-C.
     """
     from ..ops.survey import Surveyor  # noqa: PLC0415 - clients need not load it
     from ..redisio.clients import command_client  # noqa: PLC0415
@@ -51,7 +52,7 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
                 else:
                     click.echo("\n".join(lines_of(survey)))
                 if not watch:
-                    return survey.serves_all
+                    return not survey.has_error
                 await asyncio.sleep(_EVERY)
         finally:
             await redis.aclose()

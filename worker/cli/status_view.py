@@ -74,7 +74,17 @@ def _server(server: ServerState) -> tuple[str, ...]:
 
 def _redis(redis: RedisState) -> tuple[str, ...]:
     limit = size(redis.limit) if redis.limit else "no limit"
-    return redis.name, f"{size(redis.used)} of {limit}", "unknown" if redis.full_in is None else duration(redis.full_in)
+    return redis.name, f"{size(redis.used)} of {limit}", _full_in(redis)
+
+
+def _full_in(redis: RedisState) -> str:
+    if not redis.limit:
+        return "-"
+    if redis.full_in is not None:
+        return duration(redis.full_in)
+    if redis.needed is None:
+        return "unknown"
+    return "not at this rate" if redis.needed else "too little load"
 
 
 def _dead_letters(survey: Survey) -> str:

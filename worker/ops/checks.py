@@ -27,7 +27,15 @@ from .memory_forecast import check_memory
 from .queues import queue_findings
 from .reading import read_installation
 from .rights import Missing, find_missing
-from .storage import is_full, read_info, redis_state, storage_findings, version_or_mode_finding, write_finding
+from .storage import (
+    is_full,
+    read_info,
+    redis_state,
+    renewable_for,
+    storage_findings,
+    version_or_mode_finding,
+    write_finding,
+)
 
 _ALL_RIGHTS = "the line `worker` of deploy/redis/users.acl has all"
 _SEE_SETTINGS = "worker run --help lists all settings with their meaning"
@@ -79,9 +87,11 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
     try:
         is_cluster = isinstance(redis, ClusterClient)
         servers, full = await servers_of(redis), False
+        infos = list[dict[str, object]]()
         for number, server in enumerate(servers, 1):
             name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
             info = await read_info(server)
+            infos.append(info)
             if wrong := version_or_mode_finding(name, info, "cluster" if is_cluster else "standalone"):
                 yield wrong
                 return
@@ -96,10 +106,10 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
         for finding in rights:
             yield finding
         if not any(finding.level == "error" for finding in rights):  # else Redis would refuse the commands that follow
-            fresh = not (full or refusal)  # while Redis refuses writes, no worker can renew its record
+            renewable = renewable_for(infos, refuses=full or refusal is not None)
             for finding in await check_memory(redis, keys, where):
                 yield finding
-            async with aclosing(_check_queues_and_workers(redis, keys, settings, records_are_fresh=fresh)) as findings:
+            async with aclosing(_check_queues_and_workers(redis, keys, settings, renewable)) as findings:
                 async for finding in findings:
                     yield finding
     except (RedisError, OSError) as error:
@@ -144,14 +154,18 @@ def _missing_rights(level: Level, where: str, consequence: str, found: list[Miss
 
 
 async def _check_queues_and_workers(
-    redis: Redis, keys: Keys, settings: Settings, *, records_are_fresh: bool
+    redis: Redis, keys: Keys, settings: Settings, renewable_for: float | None
 ) -> AsyncGenerator[Finding]:
-    """Report the queues and the workers, as far as the user may read them."""
+    """Report the queues and the workers, as far as the user may read them.
+
+    A lack of workers is a warning: the check is made before a worker starts.
+    """
     own = list(settings.queues)
-    reading = await read_installation(redis, keys, settings.lease, own)
+    reading = await read_installation(redis, keys, settings.lease, own, renewable_for=renewable_for)
     for finding in queue_findings(
         reading.queues,
         own,
+        lack="warning",
         limit=settings.queue_limit,
         workers_run=bool(reading.alive),
         full=reading.full_queues,
@@ -161,7 +175,7 @@ async def _check_queues_and_workers(
     if reading.searched is None and own:
         message = f"queues other than {listed(own)} were not searched for: the user has no right to +scan"
         yield Finding("ok", "queues", message)
-    if reading.records is not None and records_are_fresh:  # else _check_rights has reported it
+    if reading.records is not None:  # else _check_rights has reported it
         for finding in fleet_findings(
             reading.records,
             reading.alive,
@@ -169,6 +183,8 @@ async def _check_queues_and_workers(
             lease=settings.lease,
             unfinished=sum(state.unfinished for state in reading.queues),
             connected=reading.connected,
+            is_renewable=reading.is_renewable,
+            lack="warning",
         ):
             yield finding
     found: list[Finding] = []

@@ -1,6 +1,7 @@
 """The checks of the running workers, by their records: silent, paused or starting ones, and what differs among them."""
 
 from collections.abc import Collection, Mapping
+from math import inf
 
 from ..contract.records import WorkerRecord
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
@@ -42,44 +43,62 @@ def silence_of(record: WorkerRecord, now: float) -> float:
     return now - record.beat / 1000
 
 
-def is_silent(record: WorkerRecord, now: float, lease: float, *, is_connected: bool | None = None) -> bool:
+def is_silent(
+    record: WorkerRecord, now: float, lease: float, *, is_connected: bool | None = None, renewable_for: float = inf
+) -> bool:
     """Whether a worker has not renewed its record for half a lease, in which it does so three times.
 
     A quarter suffices if its connection to Redis is closed; `is_connected` is None if that is not known. A pause of the
     machine ends a short lease without a fault of the worker: `_LEAST_SILENCE` is allowed, up to a whole lease. `lease`
-    is that of a record without one, in seconds.
+    is that of a record without one, and `renewable_for` is how long records could be renewed, both in seconds.
     """
     own = record.lease or lease
     part = 4 if is_connected is False else 2
-    return silence_of(record, now) > min(own, max(own / part, _LEAST_SILENCE * 2 / part))
+    return min(silence_of(record, now), renewable_for) > min(own, max(own / part, _LEAST_SILENCE * 2 / part))
 
 
-def worker_states(records: Mapping[str, WorkerRecord], alive: Collection[str], now: float) -> list[WorkerState]:
-    """The states of the workers, by name. `alive` are the names of those that renew their records.
+def worker_states(
+    records: Mapping[str, WorkerRecord],
+    alive: Collection[str],
+    now: float,
+    *,
+    is_renewable: bool,
+    connected: Mapping[str, bool],
+) -> list[WorkerState]:
+    """The states of the workers, by name. `alive` are the names of those that are not silent.
 
-    A silent worker has no rates, and its streams have been silent since its record at least.
+    `is_renewable` is whether Redis lets workers renew their records. The record of a silent worker, and every record
+    that is not renewable, is of the past: there are no rates, and streams have been silent since then at least.
     """
-    return [
-        WorkerState(
-            name=name,
-            state=_state_of(record) if name in alive else "silent",
-            reason=record.paused,
-            queues=record.queues,
-            running=record.running,
-            slots=record.slots,
-            finished=record.finished,
-            failed=record.failed,
-            done_per_s=record.finished_per_s if name in alive else 0.0,
-            tokens_per_s=record.tokens_per_s if name in alive else 0.0,
-            silence=record.silence if name in alive else round(record.silence + silence_of(record, now), 1),
-            paused_queues=record.paused_queues,
-            version=record.version,
-            age=max(0.0, round(silence_of(record, now), 1)),
-            host=record.host,
-            pid=record.pid,
+    states = []
+    for name, record in sorted(records.items()):
+        age, is_current = silence_of(record, now), is_renewable and name in alive
+        state: StateOfWorker = "silent"
+        if is_current:
+            state = _state_of(record)
+        elif name in alive:
+            state = "connected" if connected.get(name) else "unknown"
+        states.append(
+            WorkerState(
+                name=name,
+                state=state,
+                reason=record.paused if is_renewable else "",
+                queues=record.queues,
+                running=record.running,
+                slots=record.slots,
+                finished=record.finished,
+                failed=record.failed,
+                done_per_s=record.finished_per_s if is_current else 0.0,
+                tokens_per_s=record.tokens_per_s if is_current else 0.0,
+                silence=record.silence if is_current else round(record.silence + age, 1),
+                paused_queues=record.paused_queues,
+                version=record.version,
+                age=max(0.0, round(age, 1)),
+                host=record.host,
+                pid=record.pid,
+            )
         )
-        for name, record in sorted(records.items())
-    ]
+    return states
 
 
 def _state_of(record: WorkerRecord) -> StateOfWorker:
@@ -98,27 +117,32 @@ def fleet_findings(
     lease: float,
     unfinished: int,
     connected: Mapping[str, bool],
+    is_renewable: bool,
+    lack: Level,
 ) -> list[Finding]:
     """Findings about the workers, by their records.
 
-    `alive` are those that renew their records, and `connected` is whether the others are connected to Redis, as far as
-    that is known. `now` is in seconds by Redis's clock. `lease` is that of the settings; 0 if it is not to be compared
-    with that of the workers. `unfinished` is the number of jobs to be done. The record of a killed worker remains for
-    ten leases.
+    `alive` are those that are not silent, and `connected` is whether a worker is connected to Redis, as far as that is
+    known. `now` is in seconds by Redis's clock. `lease` is that of the settings; 0 if it is not to be compared with
+    that of the workers. `unfinished` is the number of jobs to be done, and `lack` the level if no worker runs for them.
+    The record of a killed worker remains for ten leases. Nothing is concluded from records that Redis lets nobody renew
+    (`is_renewable`).
     """
     findings: list[Finding] = []
     for name, record in sorted(records.items()):
-        if name in alive:
-            findings += _check_state(name, record, now)
-        else:
+        if name not in alive:
             findings.append(_silent_finding(record, now, is_connected=connected.get(name)))
+        elif is_renewable:
+            findings += _check_state(name, record, now)
     slots = sum(record.slots for record in alive.values())
     running = sum(record.running for record in alive.values())
     if not alive:
         if unfinished:
             message = f"no worker runs; jobs to be done: {unfinished}"
-            return [Finding("warning", "workers", message, "start one: worker run", "no_worker"), *findings]
+            return [Finding(lack, "workers", message, "start one: worker run", "no_worker"), *findings]
         return [Finding("ok", "workers", "no worker runs" if findings else "no worker runs yet"), *findings]
+    if not is_renewable:
+        return findings
     message = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
     return [
         Finding("ok", "workers", message),

@@ -17,7 +17,7 @@ from ..engine.outline import BETWEEN_MODELS
 from ..redisio.cluster import servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from ..settings import variable
-from .findings import Finding, listed
+from .findings import Finding, Level, listed
 from .survey_types import QueueState
 from .suspects import find_suspects, poison_findings
 from .units import duration
@@ -143,6 +143,7 @@ def queue_findings(
     states: Iterable[QueueState],
     own: Collection[str] = (),
     *,
+    lack: Level,
     limit: int = 0,
     workers_run: bool = True,
     full: Collection[str] = (),
@@ -150,25 +151,30 @@ def queue_findings(
 ) -> list[Finding]:
     """Findings about queues: those of `own`, and others that have jobs or a problem.
 
-    `limit` is the number of waiting jobs from which producers are refused; 0 for none. If no worker runs, that is a
-    finding of its own. `full` are the queues of which no worker takes jobs, since all vLLM servers are full.
-    `without_vllm` are those of which none does, since it reaches no server: the findings about the servers name that.
+    `lack` is the level if jobs wait that no worker takes. `limit` is the number of waiting jobs from which producers
+    are refused; 0 for none. If no worker runs, that is a finding of its own. `full` are the queues of which no worker
+    takes jobs, since all vLLM servers are full. `without_vllm` are those of which none does, since it reaches no
+    server: the findings about the servers name that.
     """
     findings = []
     for state in states:
         is_held_back = state.name in full or (bool(state.parked) and state.name not in without_vllm)
         subject = f"queue {state.name}" if is_queue_name(state.name) else f"queue {state.name!r:.80}"
         jobs = _jobs_of(state)
+        if state.pause is not None:
+            findings.append(_pause_finding(state, state.pause, jobs))
         if state.problem == _NOT_A_NAME:
             message, fix = f"{state.problem}; {jobs}", "correct the name where jobs are added"
-            findings.append(Finding("warning", subject, message, fix, "queue_unserved"))
+            findings.append(Finding(lack, subject, message, fix, "queue_unserved"))
         elif state.problem:
-            findings.append(Finding("error", subject, state.problem, f"choose another {variable('prefix')}"))
-        elif state.pause is not None:
-            findings.append(_pause_finding(state, state.pause, jobs))
+            fix = f"remove it, or choose another {variable('prefix')}"
+            findings.append(Finding("error", subject, state.problem, fix, "queue_unserved"))
         elif workers_run and state.workers == 0 and state.unfinished:
             fix = f"start a worker with it in {variable('queues')}, or correct the name where jobs are added"
-            findings.append(Finding("warning", subject, f"no worker serves it; {jobs}", fix, "queue_unserved"))
+            level = lack if state.waiting or state.handed_over else "warning"  # else its worker drains, or has died
+            findings.append(Finding(level, subject, f"no worker serves it; {jobs}", fix, "queue_unserved"))
+        elif state.pause is not None:
+            pass
         elif limit and state.waiting >= limit:
             message = f"it is full: {state.waiting} jobs wait, and the limit is {limit}"
             fix = f"start more workers, or raise {variable('queue_limit')}"

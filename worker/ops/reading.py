@@ -3,15 +3,17 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..broker.control import NO_CONTROL, Control
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..contract.records import WorkerRecord
+from ..contract.records import QueueCounts, WorkerRecord
 from ..engine.intake import NO_VLLM, VLLM_FULL
 from ..redisio.cluster import server_of
 from ..redisio.errors import is_permission_denied, redacted_message
@@ -25,12 +27,14 @@ class Reading:
     """The workers and the queues at one time.
 
     `now` is in seconds by Redis's clock. `records` are those of all workers; None if the user may not read them.
-    `alive` are the records that are renewed. `connected` has, for silent workers, whether their connection to Redis is
-    open, as far as that is known. `searched` are the queues that a search of all keys has found; None if the user may
-    not search. `unread` are the parts that the user may not read.
+    `alive` are the records of workers that are not silent. `connected` has, for those with an old record, whether their
+    connection to Redis is open, as far as that is known. `is_renewable` is whether Redis lets workers renew records.
+    `searched` are the queues that a search of all keys has found; None if the user may not search. `unread` are the
+    parts that the user may not read.
     """
 
     now: float
+    is_renewable: bool
     records: dict[str, WorkerRecord] | None = None
     alive: dict[str, WorkerRecord] = field(default_factory=dict)
     connected: dict[str, bool] = field(default_factory=dict)
@@ -63,30 +67,48 @@ class Reading:
         return {queue for record in self.alive.values() for queue in record.queues} - taken
 
 
+def _without_present(record: WorkerRecord) -> WorkerRecord:
+    """A record that could not be renewed, without what may have changed since."""
+    counts = {queue: QueueCounts(failed=each.failed) for queue, each in record.by_queue.items()}
+    return msgspec.structs.replace(record, paused="", servers=(), by_queue=counts)
+
+
 async def read_installation(
-    redis: Redis, keys: Keys, lease: float, own: Collection[str] = (), searched: set[str] | None = None
+    redis: Redis,
+    keys: Keys,
+    lease: float,
+    own: Collection[str] = (),
+    *,
+    searched: set[str] | None = None,
+    renewable_for: float | None,
 ) -> Reading:
     """Read the workers and the queues: first those of `own`, then all others.
 
-    `lease` is that of workers whose record has none, in seconds. All keys are searched for queues, unless `searched` is
-    the result of an earlier search.
+    `lease` is that of workers whose record has none, in seconds. `renewable_for` is that of `storage.renewable_for`:
+    while workers cannot renew their records, only a closed connection shows that one is silent. All keys are searched
+    for queues, unless `searched` is the result of an earlier search.
 
     Raises:
         RedisError: when Redis does not answer.
     """
     seconds, microseconds = await redis.time()
-    reading = Reading(seconds + microseconds / 1e6)
+    reading = Reading(seconds + microseconds / 1e6, is_renewable=bool(renewable_for))
     with reading.noted_if_denied("workers"):
         reading.records = await WorkerRegistry(redis, keys).records()
     records = reading.records or {}
     for name, record in sorted(records.items()):
-        if record.presence and is_silent(record, reading.now, lease, is_connected=False):
+        is_late = partial(is_silent, record, reading.now, lease, renewable_for=renewable_for or 0.0)
+        is_old = renewable_for == 0 or is_late(is_connected=False)
+        if record.presence and is_old:
             with reading.noted_if_denied("connections of workers (+pubsub|numsub)"):
                 channel = keys.presence(name)
                 ((_, subscribers),) = await (await server_of(redis, channel)).pubsub_numsub(channel)
                 reading.connected[name] = bool(subscribers)
-        if not is_silent(record, reading.now, lease, is_connected=reading.connected.get(name)):
+        is_connected = reading.connected.get(name)
+        if reading.is_renewable and not is_late(is_connected=is_connected):
             reading.alive[name] = record
+        elif not reading.is_renewable and is_connected is not False:
+            reading.alive[name] = _without_present(record)
     used: list[str] = []
     with reading.noted_if_denied("names of used queues"):
         used = [name.decode("utf-8", "replace") for name in cast("set[bytes]", await redis.smembers(keys.queues))]

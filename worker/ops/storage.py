@@ -1,7 +1,7 @@
 """Redis as a store: its version, mode, memory and writes, and who was refused a login; the findings about these."""
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -24,11 +24,6 @@ _REFUSED_LATELY = 30.0
 """Seconds for which a refused login is a fault. A worker tries again every two seconds at the latest."""
 
 _NEARLY_FULL = 0.9
-
-_FORECAST_FROM = 10.0
-"""Seconds between two readings of the memory that are compared at least: one job more is no trend."""
-_FORECAST_OVER = 600.0
-"""Seconds after which a reading of the memory is too old for a forecast."""
 
 
 async def read_info(server: Redis) -> dict[str, object]:
@@ -92,6 +87,17 @@ def storage_findings(state: RedisState, info: Mapping[str, object]) -> list[Find
     return findings
 
 
+def renewable_for(infos: Iterable[Mapping[str, object]], *, refuses: bool) -> float | None:
+    """For how many seconds workers could renew their records, by INFO of the servers; 0 while Redis `refuses` writes.
+
+    None if a server is a replica: its workers are connected to its master.
+    """
+    infos = list(infos)
+    if any(info.get("role") == "slave" for info in infos):
+        return None
+    return 0.0 if refuses else min(float(str(info.get("uptime_in_seconds", inf))) for info in infos)
+
+
 async def write_finding(redis: Redis, where: str, keys: Keys) -> Finding | None:
     """Try a write that changes nothing; what is wrong if Redis refuses it.
 
@@ -124,23 +130,3 @@ async def login_findings(server: Redis, where: str) -> list[Finding]:
         )
         for user, client in refused
     ]
-
-
-class MemoryTrend:
-    """Forecasts when the memory of a server is full, by earlier readings."""
-
-    def __init__(self) -> None:
-        self._readings: deque[tuple[float, int]] = deque()
-
-    def full_in(self, now: float, state: RedisState) -> float | None:
-        """The seconds until the memory is full at its present growth; None if that is not known or never.
-
-        `now` is in seconds. Each call adds a reading.
-        """
-        self._readings.append((now, state.used))
-        while now - self._readings[0][0] > _FORECAST_OVER:
-            self._readings.popleft()
-        since, before = self._readings[0]
-        if now - since < _FORECAST_FROM or state.used <= before or not state.limit:
-            return None
-        return max(0, state.limit - state.used) * (now - since) / (state.used - before)

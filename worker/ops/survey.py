@@ -1,6 +1,7 @@
 """Takes the picture of an installation that `worker status` shows, by reading Redis."""
 
 import time
+from math import inf
 
 import msgspec
 from redis.asyncio import Redis
@@ -16,15 +17,16 @@ from ..settings import redacted_url
 from .findings import Fault, Finding, faults_among
 from .fleet import fleet_findings, worker_states
 from .lifecycle_groups import lifecycle_findings
+from .memory_forecast import MemoryForecast, forecast_memory
 from .queues import queue_findings
 from .reading import read_installation
 from .servers import server_states
 from .storage import (
-    MemoryTrend,
     is_full,
     login_findings,
     read_info,
     redis_state,
+    renewable_for,
     storage_findings,
     write_finding,
 )
@@ -34,11 +36,13 @@ from .suspects import buried_poison_finding
 _SEARCH_EVERY = 5.0
 _SEARCH_SHARE = 20
 """The time between two searches of all keys for queues: these seconds, or as many times the duration of a search."""
+_FORECAST_EVERY = 60.0
+"""Seconds between two forecasts of the memory: each reads up to 10,000 entries."""
 _LETTERS_READ = 16
 
 
 class Surveyor:
-    """Takes pictures of one installation. Forecasts compare a picture with earlier ones of the same object.
+    """Takes pictures of one installation. What takes Redis long to read is kept for some pictures.
 
     `url` is the URL of Redis, `lease` that of workers whose record has none, in seconds.
     """
@@ -50,7 +54,11 @@ class Surveyor:
         self._where = f"Redis {redacted_url(url)}"
         self._lease = lease
         self._has_answered = False
-        self._trends: dict[str, MemoryTrend] = {}
+        self._forecast: MemoryForecast | None = None
+        self._forecast_at = 0.0
+        """When the memory is forecast again (monotonic clock)."""
+        self._unwritable_at = -inf
+        """When Redis last did not answer, or refused writes (monotonic clock)."""
         self._searched: set[str] | None = None
         self._search_at = 0.0
         """When all keys are searched for queues again (monotonic clock)."""
@@ -60,6 +68,7 @@ class Surveyor:
         try:
             return await self._read()
         except (RedisError, OSError) as error:
+            self._unwritable_at = time.monotonic()
             fix = advice_on(error)
             if not fix and not self._has_answered:  # a Redis that has answered is no Redis that expects TLS
                 fix = await advice_on_silence(self._url)
@@ -67,34 +76,39 @@ class Surveyor:
             return Survey(faults=(Finding("error", self._where, redacted_message(error), fix, _fault_of(error)),))
 
     async def _read(self) -> Survey:
-        storage, findings, denied = await self._read_storage()
+        storage, findings, denied, renewable = await self._read_storage()
         began = time.monotonic()
         searches = began >= self._search_at
         searched = None if searches else self._searched
-        reading = await read_installation(self._redis, self._keys, self._lease, searched=searched)
+        reading = await read_installation(
+            self._redis, self._keys, self._lease, searched=searched, renewable_for=renewable
+        )
         if searches:
             ended = time.monotonic()
             self._searched, self._search_at = (
                 reading.searched,
                 ended + max(_SEARCH_EVERY, _SEARCH_SHARE * (ended - began)),
             )
+        with reading.noted_if_denied("forecast of the memory (+memory|usage, +pttl)"):
+            storage = await self._add_forecast(storage)
         now = reading.now
-        takes_writes = not any(finding.level == "error" for finding in findings)
         findings += queue_findings(
             reading.queues,
+            lack="error",
             workers_run=bool(reading.alive),
             full=reading.full_queues,
             without_vllm=reading.queues_without_vllm,
         )
-        if takes_writes:  # else no worker can renew its record
-            findings += fleet_findings(
-                reading.records or {},
-                reading.alive,
-                now,
-                lease=0,
-                unfinished=sum(queue.unfinished for queue in reading.queues),
-                connected=reading.connected,
-            )
+        findings += fleet_findings(
+            reading.records or {},
+            reading.alive,
+            now,
+            lease=0,
+            unfinished=sum(queue.unfinished for queue in reading.queues),
+            connected=reading.connected,
+            is_renewable=reading.is_renewable,
+            lack="error",
+        )
         letters = DeadLetterState()
         with reading.noted_if_denied("dead letters"):
             count, newest = await DeadLetters(self._redis, self._keys).count_and_newest(_LETTERS_READ)
@@ -108,26 +122,45 @@ class Surveyor:
             time=int(now * 1000),
             faults=tuple(faults_among(findings)),
             queues=tuple(reading.queues),
-            workers=tuple(worker_states(reading.records or {}, reading.alive, now)),
+            workers=tuple(
+                worker_states(
+                    reading.records or {},
+                    reading.alive,
+                    now,
+                    is_renewable=reading.is_renewable,
+                    connected=reading.connected,
+                )
+            ),
             servers=tuple(server_states(reading.alive)),
             redis=tuple(storage),
             dead_letters=letters,
             unread=(*denied, *dict.fromkeys(reading.unread)),
         )
 
-    async def _read_storage(self) -> tuple[list[RedisState], list[Finding], list[str]]:
-        """The states of Redis's servers, the findings about them, and what the user may not read of them."""
+    async def _add_forecast(self, states: list[RedisState]) -> list[RedisState]:
+        if time.monotonic() >= self._forecast_at:
+            self._forecast = await forecast_memory(self._redis, self._keys)
+            self._forecast_at = time.monotonic() + _FORECAST_EVERY
+        needed = round(self._forecast.needed / len(states)) if self._forecast else 0
+        full_in = self._forecast.full_in if self._forecast else None
+        return [msgspec.structs.replace(state, needed=needed, full_in=full_in) for state in states]
+
+    async def _read_storage(self) -> tuple[list[RedisState], list[Finding], list[str], float | None]:
+        """The states of Redis's servers, the findings about them, what the user may not read of them, and for how long
+        workers could renew their records (see `renewable_for`).
+        """
         states, findings, unread = list[RedisState](), list[Finding](), list[str]()
+        infos = list[dict[str, object]]()
         servers = await servers_of(self._redis)
         for number, server in enumerate(servers, 1):
             is_cluster = isinstance(self._redis, ClusterClient)
             name = f"{self._where}, master {number} of {len(servers)}" if is_cluster else self._where
             info = await read_info(server)
+            infos.append(info)
             self._has_answered = True
             state = redis_state(name, info)
             findings += storage_findings(state, info)
-            trend = self._trends.setdefault(name, MemoryTrend())
-            states.append(msgspec.structs.replace(state, full_in=trend.full_in(time.monotonic(), state)))
+            states.append(state)
             if not info:
                 unread.append("memory of Redis (+info)")
             try:
@@ -136,9 +169,16 @@ class Surveyor:
                 if not is_permission_denied(error):
                     raise
                 unread.append("refused logins (+acl|log)")
-        if not any(map(is_full, states)) and (refusal := await write_finding(self._redis, self._where, self._keys)):
+        refuses = any(map(is_full, states))
+        if not refuses and (refusal := await write_finding(self._redis, self._where, self._keys)):
             findings.append(refusal)
-        return states, findings, list(dict.fromkeys(unread))
+            refuses = True
+        if refuses:
+            self._unwritable_at = time.monotonic()
+        renewable = renewable_for(infos, refuses=refuses)
+        if renewable is not None:
+            renewable = min(renewable, time.monotonic() - self._unwritable_at)
+        return states, findings, list(dict.fromkeys(unread)), renewable
 
 
 def _fault_of(error: RedisError | OSError) -> Fault:

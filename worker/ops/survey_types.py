@@ -11,7 +11,7 @@ from ..contract.entries import Object
 from ..contract.records import ControlEntry
 from .findings import Finding
 
-StateOfWorker: TypeAlias = Literal["working", "paused", "starting", "draining", "silent"]
+StateOfWorker: TypeAlias = Literal["working", "paused", "starting", "draining", "silent", "connected", "unknown"]
 StateOfServer: TypeAlias = Literal["up", "full", "silent", "partly", "away", "starting"]
 
 
@@ -62,10 +62,11 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     """A worker, by its record.
 
     `state` is `working`, `paused` (it takes no jobs, because of `reason`), `starting`, `draining`, or `silent` (its
-    record was not renewed for too long). `paused_queues` are those of `queues` that an operator paused. `finished` and
-    `failed` count since the start; `done_per_s` and `tokens_per_s` are rates. `silence` is how long its most silent
-    stream has had no event, and `age` the time since its record was renewed, both in seconds. A `silent` worker has no
-    rates, and its `silence` includes its `age`.
+    record was not renewed for too long). While Redis takes no writes, so that no record can be renewed, it is
+    `connected`, `silent` (its connection to Redis is closed), or `unknown`. `paused_queues` are those of `queues` that
+    an operator paused. `finished` and `failed` count since the start; `done_per_s` and `tokens_per_s` are rates.
+    `silence` is how long its most silent stream has had no event, and `age` the time since its record was renewed, both
+    in seconds. A `silent`, `connected` or `unknown` worker has no rates, and its `silence` includes its `age`.
     """
 
     name: str
@@ -104,14 +105,17 @@ class ServerState(msgspec.Struct, frozen=True, kw_only=True):
 class RedisState(msgspec.Struct, frozen=True, kw_only=True):
     """A server of Redis; in a cluster a master.
 
-    `used` and `limit` (maxmemory; 0 for none) are bytes. `full_in` is the time in seconds until the memory is full if
-    it grows on as it does now; None if that is not known, or if it does not grow.
+    `used` and `limit` (maxmemory; 0 for none) are bytes, and so is `needed`: what finished requests will take if they
+    go on as in the last minutes. It is 0 if too few have finished for a forecast, and None if the user may not read
+    that. `full_in` is the time in seconds until the memory is full at this rate; None if the need is below the limit.
+    Both are an equal part of the forecast in a cluster, since logs are on all masters.
     """
 
     name: str
     version: str = ""
     used: int = 0
     limit: int = 0
+    needed: int | None = None
     full_in: float | None = None
 
 
@@ -140,9 +144,9 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     unread: tuple[str, ...] = ()
 
     @property
-    def serves_all(self) -> bool:
-        """Whether Redis answers, and each queue with waiting jobs has a worker as far as that is known."""
-        return bool(self.redis) and all(queue.workers != 0 or not queue.waiting for queue in self.queues)
+    def has_error(self) -> bool:
+        """Whether a fault is an error: Redis takes no jobs, or nobody does jobs that wait."""
+        return any(fault.level == "error" for fault in self.faults)
 
     def as_dict(self) -> Object:
         """The picture as `--json` prints it."""

@@ -102,7 +102,8 @@ QUEUES: tuple[Column[QueueState], ...] = (
 # Workers
 
 _WORKER_TONES: dict[str, Tone] = {
-    "working": "good", "paused": "warning", "starting": "warning", "draining": "warning", "silent": "error"
+    "working": "good", "paused": "warning", "starting": "warning", "draining": "warning", "silent": "error",
+    "unknown": "warning",
 }  # fmt: skip
 
 
