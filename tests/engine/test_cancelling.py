@@ -314,7 +314,8 @@ async def test_a_subscription_that_is_cut_is_renewed(
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(chat_request())
     await has_requests(silent)
-    assert await redis.client_kill_filter(_type="pubsub") == 2  # of cancels, and of the control hash
+    # That of cancels, and that of the control hash if it has been made by now.
+    assert await redis.client_kill_filter(_type="pubsub") >= 1
     await listening(redis)
     await client.cancel(request_id)
     await closed_early(silent)

@@ -115,7 +115,7 @@ async def test_a_lost_connection_is_made_again_with_every_channel(
         redis_proxy.open.set()
     await until(*listeners, subscribed=2)
     assert [listener.times_interrupted for listener in listeners] >= [1, 1, 1]
-    assert await redis.publish("c2", "x") == 1
+    await redis.publish("c2", "x")  # Redis may still have the lost connection among the subscribers
     await has_received(listeners[2], b"x")
 
 
@@ -175,7 +175,6 @@ async def test_after_a_password_was_restored_every_channel_is_subscribed_to_agai
         await redis.acl_setuser(
             "user", enabled=True, reset_passwords=True, passwords=f"+{password}", categories=["+@all"], channels=["*"]
         )
-        await redis.client_kill_filter(_type="pubsub")
 
     await set_password("right")
     listeners = [Recorder() for _ in range(3)]
@@ -185,6 +184,7 @@ async def test_after_a_password_was_restored_every_channel_is_subscribed_to_agai
             subscriptions.subscribe(f"c{number}", listener)
         await until(*listeners)
         await set_password("changed")
+        await redis.client_kill_filter(_type="pubsub")
 
         async def refused() -> bool:
             return all(listener.times_refused for listener in listeners)
