@@ -9,6 +9,7 @@ from acl import PASSWORD, acl
 from conftest import StartWorker
 from redis.asyncio import Redis
 from redis.exceptions import ExecAbortError
+from waits import eventually
 
 from worker import Client
 from worker.ops.checks import check
@@ -44,7 +45,14 @@ async def test_without_rights_to_channels_answers_are_complete_and_cancels_work(
             assert answer.text == answer_to(REQUEST["messages"])
         assert (await client.cancel("never")).state.value == "unknown"
         assert (await client.status("never")).outcome == "cancelled"
-    logged = capfd.readouterr().err
+        logged = ""
+
+        async def both_are_reported() -> bool:
+            nonlocal logged
+            logged += capfd.readouterr().err
+            return "feed_refused" in logged and "cancel_hints_refused" in logged
+
+        await eventually(both_are_reported)
     assert logged.count("feed_refused") == logged.count("cancel_hints_refused") == 1
 
 
