@@ -170,6 +170,29 @@ async def test_a_refused_subscription_is_requested_again_unless_it_was_ended(red
         await subscriptions.aclose()
 
 
+async def test_refused_channels_are_requested_again_also_if_the_one_that_was_requested_is_left_meanwhile(
+    redis: Redis, mute_url: str, redis_proxy: Proxy
+) -> None:
+    left, stays = Recorder(), Recorder()
+    url = mute_url.replace(str(redis_proxy.upstream), str(redis_proxy.port))
+    async with command_client(url, connections=1) as client:
+        subscriptions = Subscriptions(client, retry_refused_after=0.02)
+        held = redis_proxy.hold(b"SUBSCRIBE left")
+        subscriptions.subscribe("stays", stays)
+
+        async def refused() -> bool:
+            return stays.times_refused > 0
+
+        await eventually(refused)
+        subscriptions.subscribe("left", left)
+        await held.met.wait()
+        subscriptions.unsubscribe("left")
+        await redis.acl_setuser("mute", enabled=True, channels=["*"])
+        held.release()
+        await until(stays)
+        await subscriptions.aclose()
+
+
 async def test_after_a_password_was_restored_every_channel_is_subscribed_to_again(redis: Redis, redis_url: str) -> None:
     async def set_password(password: str) -> None:
         await redis.acl_setuser(

@@ -193,6 +193,8 @@ class _ServerSubscriptions:
         """Unsubscribe from a channel."""
         if self._refused.pop(channel, None) is None and self._listeners.pop(channel, None) is not None:
             self._change(channel)
+            if self._refusal is not None:  # the answer to this channel's request no longer has a listener
+                self._refuse({}, self._refusal)
 
     def retire(self) -> dict[bytes, Listener]:
         """Close the connection for good. Returns the listeners of this server."""
