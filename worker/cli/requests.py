@@ -98,7 +98,11 @@ def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: ob
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def cancel(request_id: str, as_json: bool, **settings: object) -> None:
-    """Cancel a request that waits or runs."""
+    """Cancel a request that waits or runs.
+
+    A request that is not known is cancelled too: its job may wait without a log, as after a plain XADD, or come later.
+    It will not run, and Redis keeps the cancel for a day. Exit status 0 in each case.
+    """
 
     async def end_it() -> None:
         async with open_client(settings) as client:
@@ -109,7 +113,7 @@ def cancel(request_id: str, as_json: bool, **settings: object) -> None:
         elif had_ended:
             click.echo(f"the request had ended before: {before.outcome}")
         elif before.state is State.UNKNOWN:
-            click.echo("cancelled; the request was unknown: if its job comes, it will not run")
+            click.echo("cancelled; the request was unknown: if its job waits or comes, it will not run")
         else:
             click.echo(f"cancelled; the request was {before.state.value}")
 
