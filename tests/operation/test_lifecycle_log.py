@@ -16,6 +16,7 @@ from waits import eventually
 from worker import Client
 from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.contract.keys import Keys
+from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
 
@@ -156,3 +157,17 @@ async def test_it_goes_on_when_redis_is_back_and_adds_answers_if_asked(
         assert (line["id"], line["answer"]) == ("request-7", None)
         assert not await end(process)
     worker.stop()
+
+
+async def test_a_new_group_of_a_full_redis_prints_at_once_why_it_waits() -> None:
+    with start_redis() as server:
+        async with Redis.from_url(server.url, protocol=2) as redis:
+            await redis.config_set("maxmemory", 1)
+            async with started("log", REDIS_URL=server.url) as process:
+                note = await line_with(process.stderr, "Redis refuses")
+                assert "maxmemory" in note
+                assert note.endswith("Trying for 10 s\n")
+                await redis.config_set("maxmemory", 0)
+                ids = await finish(redis, 1)
+                assert await printed(process, 1) == ids
+                assert not await end(process)

@@ -13,16 +13,17 @@ from contextlib import aclosing, asynccontextmanager, suppress
 
 import click
 import msgspec
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from ..broker.lifecycle_group import LifecycleGroup
 from ..client.async_client import Client
-from ..client.errors import ClientError, MappedRetry, Refused, Unavailable
+from ..client.errors import ClientError, MappedRetry, Refused, Unavailable, mapped
 from ..contract.answer import Answer
 from ..contract.entries import Object, to_json
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.clients import blocking_client
+from ..redisio.errors import is_transient
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, Surroundings, open_client, run_async, settings_options
 
@@ -73,13 +74,15 @@ async def _print_requests(options: dict[str, object], group: str, *, content: bo
     if sys.platform != "win32":
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, end)
-    retry = MappedRetry(Surroundings.current().redis_patience, stop)
+    patience = Surroundings.current().redis_patience
+    retry = MappedRetry(patience, stop)
     async with open_client(options) as client, _open_group(options, group) as reader:
         lines = _Lines(client if content else None, _Output(stop))
+        source = _Source(reader, patience)
         try:
             while not stop.done():
                 try:
-                    records = await retry(reader.read, _WAIT)
+                    records = await retry(source.read)
                     await _print_loss(reader, group, lines.output)
                     await lines.print(records)
                 finally:
@@ -114,6 +117,26 @@ async def _print_loss(reader: LifecycleGroup, group: str, output: "_Output") -> 
     if await output.write(to_json(line)):
         with suppress(RedisError, OSError):  # it is reported again
             await reader.losses_reported()
+
+
+class _Source:
+    """Reads new records, and prints at once why Redis refuses a read that is tried again for `patience` seconds."""
+
+    def __init__(self, reader: LifecycleGroup, patience: float) -> None:
+        self._reader = reader
+        self._patience = patience
+        self._is_refused = False
+
+    async def read(self) -> list[Lifecycle]:
+        try:
+            records = await self._reader.read(_WAIT)
+        except ResponseError as error:
+            if is_transient(error) and not self._is_refused:
+                click.echo(f"· {mapped(error)}. Trying for {self._patience:g} s", err=True)
+                self._is_refused = True
+            raise
+        self._is_refused = False
+        return records
 
 
 class _Lines:
