@@ -445,7 +445,7 @@ async def test_variables_of_kubernetes_and_of_other_programs_stop_no_command(
     assert (enqueued.status, enqueued.err) == (0, "")
     checked = await run("check", REDIS_URL=redis_url, VLLM_URLS=simulator.url)
     assert checked.status == 0
-    assert checked.out.count("WORKER_CLASS, WORKER_CONCURRENCY") == 1
+    assert " ".join(checked.out.split()).count("WORKER_CLASS, WORKER_CONCURRENCY") == 1
     assert "WORKER_PORT" not in checked.out
     async with started("run", REDIS_URL=redis_url, VLLM_URLS=simulator.url) as process:
         warning = json.loads(await line_with(process.stderr, "unknown_settings"))
@@ -462,9 +462,11 @@ async def test_variables_of_kubernetes_and_of_other_programs_stop_no_command(
 async def test_check_finds_nothing_wrong(redis_url: str, simulator: Simulator) -> None:
     ended = await run("check", REDIS_URL=redis_url, VLLM_URLS=f"{simulator.url}/v1")
     assert (ended.status, ended.err) == (0, "")
-    assert [line.split()[0] for line in ended.lines] == ["ok", "ok", "warning", "ok", "ok", "ok"]
+    findings = re.split(r"\n(?! )", ended.out.strip())
+    assert [finding.split()[0] for finding in findings] == ["ok", "ok", "warning", "ok", "ok", "ok"]
     assert f"vLLM {simulator.url}: serves reciter" in ended.out
-    assert "append-only file" in ended.lines[2]
+    assert "append-only file" in findings[2]
+    assert max(map(len, ended.lines)) <= 80
 
 
 async def test_check_lists_everything_that_is_wrong_at_once(start_simulator: StartSimulator) -> None:
@@ -474,8 +476,8 @@ async def test_check_lists_everything_that_is_wrong_at_once(start_simulator: Sta
         run("check", REDIS_URL=NOWHERE, VLLM_URLS=urls), run("check", "--json", REDIS_URL=NOWHERE, VLLM_URLS=urls)
     )
     assert (plain.status, plain.err, as_json.status) == (1, "", 1)
-    _, redis, away, refused = plain.lines
-    assert redis.startswith("error   Redis redis://***@127.0.0.1:1/0: ")
+    _, redis, away, refused = (" ".join(finding.split()) for finding in re.split(r"\n(?! )", plain.out.strip()))
+    assert redis.startswith("error Redis redis://***@127.0.0.1:1/0: ")
     assert redis.endswith("→ start Redis there, or set REDIS_URL")
     assert away.endswith("→ start vLLM there, or set VLLM_URLS")
     assert "Unauthorized → set VLLM_API_KEY to the key that the server was started with" in refused

@@ -59,15 +59,22 @@ async def jobs(redis: Redis, key: str = "chat:jobs") -> list[dict[str, str]]:
     return [{n.decode(): v.decode() for n, v in fields.items()} for _, fields in await stream(redis, key)]
 
 
+async def test_every_line_of_the_list_fits_80_columns_and_controls_no_terminal(redis_url: str, bury: Bury) -> None:
+    await bury(1, reason="the request is not JSON: \x1b[2J" + "it goes on and on " * 9, queue="q" * 64)
+    found = await worker(redis_url, "dead", "list")
+    assert "it goes on and on" in found.stdout
+    assert "\x1b" not in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80
+
+
 async def test_the_list_shows_the_newest_last_up_to_a_limit(redis_url: str, bury: Bury) -> None:
     ids = [await bury(number, reason=f"reason {number}") for number in range(40)]
     plain = await worker(redis_url, "dead", "list", "--limit", "2")
     as_json = await worker(redis_url, "dead", "list", "--json", "--reason", "REASON 3", "--queue", "default")
     lines = plain.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ids[-2:]
-    assert lines[1].endswith("reason 39")
-    for word in ("2023-11-14 22:13:20Z", "default", "r39"):
-        assert word in lines[1]
+    assert [line.split()[0] for line in lines if line[0] != " "] == ids[-2:]
+    assert lines[3].startswith(f"{ids[-1]}  2023-11-14 22:13:20Z  queue default  ")
+    assert lines[4:] == ["    request r39", "    reason 39"]
     assert "Who are you?" not in plain.stdout, "prompts only when one letter is shown"
     found = [json.loads(line) for line in as_json.stdout.splitlines()]
     assert [letter["id"] for letter in found] == [ids[3], *ids[30:]]
@@ -255,7 +262,7 @@ async def test_ids_and_all_exclude_each_other(arguments: list[str], redis_url: s
 
 async def test_a_malformed_letter_is_shown_as_far_as_it_can_be_read(redis_url: str, redis: Redis) -> None:
     letter = cast("bytes", await redis.xadd("chat:dead", {b"\xff": b"\xff", "time": "soon", "fields": "{", "cut": "1"}))
-    assert "1970-01-01" in (await worker(redis_url, "dead", "list")).stdout
+    assert "an unknown time" in (await worker(redis_url, "dead", "list")).stdout
     assert json.loads((await worker(redis_url, "dead", "show", letter.decode())).stdout)["fields"] == {}
     assert (await worker(redis_url, "dead", "retry", letter.decode())).exit_code == 1
 

@@ -142,6 +142,7 @@ async def test_the_command_prints_it_and_knows_nothing_of_an_unknown_request(red
     told = await asyncio.to_thread(runner.invoke, main, ["explain", request_id])
     assert told.exit_code == 0
     assert told.output.startswith(f"request {request_id} · waiting\n  queue      default, job ")
+    assert max(map(len, told.output.splitlines())) <= 80
     as_json = await asyncio.to_thread(runner.invoke, main, ["explain", request_id, "--json"])
     assert json.loads(as_json.output)["state"] == "waiting"
     unknown = await asyncio.to_thread(runner.invoke, main, ["explain", "nobody"])

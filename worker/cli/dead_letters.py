@@ -1,6 +1,5 @@
 """The commands `worker dead …`: list, show, put back and drop buried jobs."""
 
-import datetime as dt
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,12 +15,15 @@ from ..contract.entries import Object, to_json
 from ..contract.ids import EntryId
 from ..contract.job import InvalidJob
 from ..contract.keys import Keys
+from ..ops.units import folded, instant, size
 from ..redisio.clients import command_client
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, Surroundings, json_option, open_client, run_async, settings_options
 
 _NOT_FOUND = "there is no such letter: worker dead list shows all letters (one that is retried gets a new id)"
 _ALL = LetterFilter()
+_REASON_SHOWN = 200
+"""Characters of a reason in the list. `worker dead show` has all."""
 
 _Action = Callable[[StoredLetter], Awaitable[Object]]
 
@@ -63,7 +65,7 @@ def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object
         async with _open_letters(settings) as (_, letters):
             found = await letters.newest(limit, wanted)
         for stored in found:
-            click.echo(to_json(_summary(stored)) if as_json else _summary_line(stored))
+            click.echo(to_json(_summary(stored)) if as_json else "\n".join(_summary_lines(stored)))
         if not found:
             click.echo(_none_of(wanted), err=True)
 
@@ -235,10 +237,11 @@ def _summary(stored: StoredLetter) -> Object:
     }  # fmt: skip
 
 
-def _summary_line(stored: StoredLetter) -> str:
+def _summary_lines(stored: StoredLetter) -> list[str]:
     letter = stored.letter
-    when = dt.datetime.fromtimestamp(letter.time / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    reason = " ".join(letter.reason.split())
-    retried = f"  (retried as {letter.retried_as})" if letter.retried_as else ""
-    size = f"{stored.size} bytes"
-    return f"{stored.id}  {when}  {letter.queue}  {stored.request_id or '-'}  {size}  {reason[:200]}{retried}"
+    retried = f", retried as {letter.retried_as}" if letter.retried_as else ""
+    return [
+        *folded(f"{stored.id}  {instant(letter.time)}  queue {letter.queue}  {size(stored.size)}", 4),
+        *folded(f"    request {stored.request_id or 'without a valid id'}{retried}", 4),
+        *folded(f"    {' '.join(letter.reason.split())[:_REASON_SHOWN]}", 4),
+    ]

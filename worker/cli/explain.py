@@ -8,7 +8,7 @@ import msgspec
 
 from ..contract.entries import Object, to_json
 from ..contract.keys import Keys
-from ..ops.units import duration, instant, printable
+from ..ops.units import duration, folded, instant
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, exit_status, json_option, request_id_argument, run_async, settings_options
 
@@ -40,7 +40,7 @@ def explain(request_id: str, as_json: bool, **options: object) -> None:
             story = await read(redis, Keys(settings.prefix, database_of(url)), request_id)
         finally:
             await redis.aclose()
-        click.echo(to_json(msgspec.to_builtins(story)) if as_json else "\n".join(map(printable, _lines(story))))
+        click.echo(to_json(msgspec.to_builtins(story)) if as_json else "\n".join(_lines(story)))
         return story.state != "unknown"
 
     exit_status(run_async(tell))
@@ -48,11 +48,11 @@ def explain(request_id: str, as_json: bool, **options: object) -> None:
 
 def _lines(story: "Story") -> Iterator[str]:
     outcome = f": {story.outcome}" if story.outcome else ""
-    yield f"request {story.id} · {story.state}{outcome}{f' ({story.code})' if story.code else ''}"
+    yield from folded(f"request {story.id} · {story.state}{outcome}{f' ({story.code})' if story.code else ''}")
     if story.state == "unknown":
-        yield "it has no log, no tombstone and no waiting job: it was never added, or has expired"
+        yield from folded("it has no log, no tombstone and no waiting job: it was never added, or has expired")
     for name, text in (*_beginning(story), *_end(story)):
-        yield f"  {name:<10} {text}"
+        yield from folded(f"  {name:<10} {text}", 13)
 
 
 def _beginning(story: "Story") -> Iterator[tuple[str, str]]:

@@ -1,17 +1,16 @@
-"""Draws a survey as lines of at most 80 columns, for a terminal or a file."""
+"""Draws a survey or a finding as lines of at most 80 columns, for a terminal or a file."""
 
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import click
 
-from ..ops.findings import Finding
+from ..ops.findings import Finding, Level
 from ..ops.survey_types import QueueState, RedisState, ServerState, Survey, WorkerState
-from ..ops.units import duration, instant, printable, size
+from ..ops.units import WIDTH, duration, folded, instant, printable, size
 
-_WIDTH = 80
 _LEAST_NAME = 20
+_COLOURS: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def lines_of(survey: Survey) -> list[str]:
@@ -26,27 +25,22 @@ def lines_of(survey: Survey) -> list[str]:
     if survey.redis:  # else nothing could be read
         lines += ["", _dead_letters(survey)]
     if survey.unread:
-        lines += ["", *_wrapped(f"not readable for this user: {', '.join(survey.unread)}", "")]
+        lines += ["", *folded(f"not readable for this user: {', '.join(survey.unread)}")]
     return lines
 
 
 def _faults(survey: Survey) -> list[str]:
     if not survey.faults:
         return [click.style("no fault is known", fg="green")]
-    return list(chain.from_iterable(map(_fault, survey.faults)))
+    return list(chain.from_iterable(map(lines_of_finding, survey.faults)))
 
 
-def _fault(fault: Finding) -> list[str]:
-    since = f", since {instant(fault.since)}" if fault.since else ""
-    first, *rest = _wrapped(f"{fault.level:<7} {fault.subject}: {fault.message}{since}", " " * 8)
-    first = click.style(first[:7], fg="red" if fault.level == "error" else "yellow") + first[7:]
-    return [first, *rest, *(_wrapped(f"        → {fault.fix}", " " * 10) if fault.fix else [])]
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        printable(text), _WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True
-    )
+def lines_of_finding(finding: Finding) -> list[str]:
+    """The lines of one finding: level, subject and message, then how to fix it."""
+    since = f", since {instant(finding.since)}" if finding.since else ""
+    first, *rest = folded(f"{finding.level:<7} {finding.subject}: {finding.message}{since}", 8)
+    first = click.style(first[:7], fg=_COLOURS[finding.level]) + first[7:]
+    return [first, *rest, *(folded(f"        → {finding.fix}", 10) if finding.fix else [])]
 
 
 def _queue(queue: QueueState) -> tuple[str, ...]:
@@ -92,7 +86,7 @@ def _dead_letters(survey: Survey) -> str:
     if letters.newest is None:
         return "dead letters: none"
     return _cut(
-        f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {printable(letters.reason)}", _WIDTH
+        f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {printable(letters.reason)}", WIDTH
     )
 
 
@@ -103,13 +97,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         return []
     widths = [max(len(row[column]) for row in found) for column in range(len(head))]
     between = 2 * (len(head) - 1)
-    excess = sum(widths) + between - _WIDTH
+    excess = sum(widths) + between - WIDTH
     widths[0] -= (cut := max(0, min(excess, widths[0] - _LEAST_NAME)))
     widths[-1] = max(len(head[-1]), widths[-1] - max(0, excess - cut))
     lines = []
     for row in found:
         cells = [_shortened(row[0], widths[0]), *row[1:-1], _cut(row[-1], widths[-1])]
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()[:_WIDTH])
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()[:WIDTH])
     return ["", click.style(lines[0], bold=True), *lines[1:]]
 
 

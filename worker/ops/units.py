@@ -1,9 +1,13 @@
 """Durations, sizes and foreign texts as an operator reads them."""
 
 import datetime as dt
+import textwrap
 
 _LATEST = 253_402_300_800_000
 """The year 10,000 in Unix ms."""
+
+WIDTH = 80
+"""The columns of a line that is printed for an operator."""
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -34,3 +38,8 @@ def instant(unix_ms: int) -> str:
 def printable(text: str) -> str:
     """A text that others may have chosen, without characters that would control a terminal."""
     return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def folded(text: str, indent: int = 0) -> list[str]:
+    """A text in lines of at most 80 columns, of which all but the first are indented, without control characters."""
+    return textwrap.wrap(printable(text), WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
