@@ -1,5 +1,6 @@
 """The files of `deploy/` as data, for tests."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -25,3 +26,9 @@ def resource(kind: str, name: str) -> Document:
         if each["kind"] == kind and each["metadata"]["name"] == name
     ]
     return found
+
+
+def commands_that_make_the_secrets() -> str:
+    """The commands at the top of compose.yaml. The last one prints an API key on standard error."""
+    head = (DEPLOY / "compose.yaml").read_text().partition("# Without the command")[0]
+    return "\n".join(re.findall(r"^#   (.*)$", head, re.MULTILINE))

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from documents import SECRETS
-from manifests import DEPLOY, documents
+from manifests import DEPLOY, commands_that_make_the_secrets, documents
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, RedisError
 from waits import eventually
@@ -55,9 +55,7 @@ class Compose:
         }
         shutil.copytree(DEPLOY, folder / "deploy")
         self._environment = os.environ | {"PATH": f"{Path(_WORKER).parent}:{os.environ['PATH']}"}
-        head = (DEPLOY / "compose.yaml").read_text().partition("# Without the command")[0]
-        commands = "\n".join(re.findall(r"^#   (.*)$", head, re.MULTILINE))
-        self.api_key = self.shell(commands).split()[-1]
+        self.api_key = self.shell(commands_that_make_the_secrets()).split()[-1]
 
     @staticmethod
     def _secret(name: str) -> str:
