@@ -1,10 +1,15 @@
 """The openai clients repeat a request that got no response. The repetition costs no second job."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 from conftest import StartSimulator, StartWorker
+from cutting_server import Cut, CuttingServer
 from edge_fixtures import ClientName, RunningClient, StartClient, StartReplica
 from proxy import Proxy
 from redis.asyncio import Redis
+from replicas import Replica
 from waits import eventually
 
 from worker.sandbox.simulator.requests import answer_to
@@ -34,6 +39,47 @@ async def test_a_retry_attaches_to_the_first_job(
     assert text == answer_to(QUESTION)
     assert await redis.xlen("chat:lifecycle") == 2, "one job began and ended"
     assert len(simulator.served) == 1
+
+
+CASES: list[tuple[Cut, bool, bool]] = [  # where the connection is cut; whether the answer is streamed, and it was used
+    ("before the head", True, False),
+    ("before the head", True, True),
+    ("before the head", False, True),
+    ("after the head", True, True),
+    ("after a chunk", True, True),
+    ("after the head", False, True),
+]
+
+
+@CLIENTS
+async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
+    client: ClientName, start_client: StartClient, replica: Replica, simulator: Simulator, start_worker: StartWorker,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A connection that was used before has served a list of models. Node opens another one for its second call."""
+    await start_worker(simulator)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1/models").write_text('{"object": "list", "data": []}')
+    for number, (cut, stream, reused) in enumerate(CASES, 1):
+
+        async def is_asked(count: int = number) -> bool:
+            return len(simulator.served) >= count
+
+        call = {"body": {"model": "reciter", "messages": QUESTION, "stream": stream, "seed": number}}
+        async with CuttingServer(replica.port, tmp_path, partial(eventually, is_asked), keeps=reused) as server:
+            server.cut_next(cut, 1)
+            reader = await start_client(client, server.url, *2 * [{"kind": "models"}], call, retries=2)
+            *_, result = await reader.results()
+            first, *retries = server.posts
+        assert first.is_reused is reused
+        # Node's client has no retry once it has a head. Python's reads a whole answer before it returns.
+        is_retried = cut == "before the head" or (client == "openai_python" and not stream)
+        assert [post.retry for post in retries] == [1] * is_retried
+        assert ("error" in result) is not is_retried
+        if is_retried:
+            assert result["choices"][0]["content"] == answer_to(QUESTION)
+        await eventually(is_asked)
+        assert len(simulator.served) == number
 
 
 @CLIENTS
