@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from command import started
 from conftest import StartProcess, StartSimulator
 from durable_redis import Durable
 from pending_jobs import append, pend
@@ -19,6 +20,7 @@ from waits import eventually
 from worker import Client
 from worker.client.async_client import State
 from worker.contract.keys import GROUP
+from worker.ops.survey_types import Survey
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.top.app import TopApp
 from worker.top.installation import Installation
@@ -211,6 +213,19 @@ async def test_the_last_picture_stays_while_redis_is_away(redis_binary: Path, tm
         await eventually(is_back)
     await server.client.aclose()
     server.kill()
+
+
+async def test_json_lines_have_the_running_requests_without_content(redis: Redis, redis_url: str) -> None:
+    await make_queue(redis)
+    request_id = await begin(redis)
+    async with started("top", "--json", REDIS_URL=redis_url) as process:
+        assert process.stdout
+        first, second = [json.loads(await process.stdout.readline()) for _ in range(2)]
+    (request,) = second["requests"]
+    assert (request["request_id"], request["worker"], request["tokens"]) == (request_id, "pod-a", 3)
+    assert (second["running"], [queue["running"] for queue in second["queues"]]) == (1, [1])
+    assert "content" not in json.dumps(second)
+    assert set(first) == {*Survey.__struct_fields__, "requests", "running"}
 
 
 async def test_nothing_is_claimed_before_the_first_picture() -> None:

@@ -13,7 +13,7 @@ from ..contract.keys import Keys
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, exit_status, json_option, run_async, settings_options
 
-_EVERY = 2.0
+EVERY = 2.0
 """Seconds between two pictures of `--watch`."""
 _TIMEOUT = 3.0
 """Seconds that Redis has for each reply."""
@@ -53,7 +53,7 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
                     click.echo("\n".join(lines_of(survey)))
                 if not watch:
                     return not survey.has_error
-                await asyncio.sleep(_EVERY)
+                await asyncio.sleep(EVERY)
         finally:
             await redis.aclose()
 

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Self
 
+import msgspec
 from redis.exceptions import RedisError
 
 from ..broker.client_seals import cancel
 from ..client.async_client import Client
+from ..contract.entries import Object
 from ..contract.keys import Keys
 from ..ops.findings import Finding
 from ..ops.running import RunningPicture, RunningRequests
@@ -34,6 +36,13 @@ class Picture:
     def redis_answers(self) -> bool:
         """Whether Redis answered. Otherwise the survey has only the fault."""
         return bool(self.survey.redis)
+
+    def as_dict(self) -> Object:
+        """The picture as `--json` prints it: that of the survey, with the running requests and their number."""
+        values: Object = {"requests": msgspec.to_builtins(self.running.requests), "running": self.running.total}
+        if self.unreadable:
+            values["unreadable"] = self.unreadable.as_dict()
+        return self.survey.as_dict() | values
 
 
 class Installation:
