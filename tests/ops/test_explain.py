@@ -85,6 +85,23 @@ async def test_a_job_of_a_plain_xadd_is_found_in_its_queue_before_a_worker_start
     await redis.delete("chat:jobs:other")
 
 
+async def test_in_a_queue_in_use_a_job_of_a_plain_xadd_is_found_without_the_right_to_search_all_keys(
+    redis: Redis, redis_url: str
+) -> None:
+    await redis.sadd("chat:queues", "other", "text")
+    await redis.set("chat:jobs:text", "of another program", ex=60)
+    await redis.xadd("chat:jobs:other", {"request": SECRET, "id": "plain"})
+    await redis.acl_setuser(
+        "modest", enabled=True, nopass=True, keys=["*"], channels=["*"], categories=["+@all"], commands=["-scan"]
+    )
+    async with Redis.from_url(redis_url.replace("//", "//modest:x@"), protocol=2) as modest:
+        story = await story_of(modest, "plain")
+        assert (story.state, story.queue) == ("waiting", "other")
+        assert (await story_of(modest, "nobody")).state == "unknown"
+    await redis.acl_deluser("modest")
+    await redis.delete("chat:queues", "chat:jobs:other", "chat:jobs:text")
+
+
 async def test_a_request_that_went_on_elsewhere_has_its_attempts(
     redis: Redis, client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:

@@ -159,3 +159,8 @@ async def test_a_user_without_the_right_to_sizes_learns_that_there_is_no_forecas
         assert await check_memory(redis, KEYS, "Redis") == [
             Finding("ok", "Redis", "its memory was not forecast: the user has no right to +memory|usage, +pttl")
         ]
+        surveyor = Surveyor(redis, KEYS, url, lease=15)
+        for _ in range(2):
+            found = await surveyor.survey()
+            assert found.unread == ("forecast of the memory (+memory|usage, +pttl)",)
+            assert found.redis[0].needed is None

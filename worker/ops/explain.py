@@ -1,6 +1,7 @@
 """The story of one request, from its log, its tombstone, its queue and its dead letter, without any content."""
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
@@ -33,7 +34,7 @@ from ..contract.records import Tombstone
 from ..engine.outline import BETWEEN_MODELS
 from ..redisio.errors import is_permission_denied
 from ..redisio.scripts import Script
-from .queues import find_queues
+from .queues import find_queues, used_queues
 
 State: TypeAlias = Literal["unknown", "waiting", "running", "ended", "expired"]
 
@@ -219,25 +220,37 @@ async def _entries(redis: Redis, key: str) -> AsyncIterator[AnyEntry]:
 
 
 async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:
-    """Find a job that was added without a `queued` entry, as by a plain XADD, and that no worker has started."""
-    for queue in sorted(await find_queues(redis, keys) or ()):
-        after = "-"
-        for _ in range(0, _MOST_SEARCHED, _SEARCH_STEP):
-            try:
-                found, last = await _FIND_JOB.run_on(
-                    redis, [keys.jobs(queue)], [story.id, after, "+", str(_SEARCH_STEP)]
-                )
-            except ResponseError as error:
-                if not is_permission_denied(error):
-                    raise
-                break
-            if job := cast("bytes", found).decode():
+    """Find a job that was added without a `queued` entry, as by a plain XADD, and that no worker has started.
+
+    A search of all keys for queues follows only if the job is in none of those in use.
+    """
+    searched = set[str]()
+    for find in (used_queues, find_queues):
+        queues: set[str] | None = None
+        with suppress(ResponseError):  # the user may lack the right
+            queues = await find(redis, keys)
+        for queue in sorted((queues or set()) - searched):
+            searched.add(queue)
+            if job := await _find_job(redis, keys.jobs(queue), story.id):
                 queued = int(job.partition("-")[0])
                 return msgspec.structs.replace(story, state="waiting", queue=queue, job=job, queued=queued)
-            if not last:
-                break
-            after = f"({last.decode()}"
     return story
+
+
+async def _find_job(redis: Redis, key: str, request_id: str) -> str:
+    """The id of a request's job among the first jobs of a stream; empty if it is not there or not readable."""
+    after = "-"
+    for _ in range(0, _MOST_SEARCHED, _SEARCH_STEP):
+        try:
+            found, last = await _FIND_JOB.run_on(redis, [key], [request_id, after, "+", str(_SEARCH_STEP)])
+        except ResponseError as error:
+            if not is_permission_denied(error) and "WRONGTYPE" not in str(error):
+                raise
+            return ""
+        if found or not last:
+            return cast("bytes", found).decode()
+        after = f"({last.decode()}"
+    return ""
 
 
 async def _hindrance_of(redis: Redis, keys: Keys, queue: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -44,8 +45,20 @@ def served_queues(records: Iterable[WorkerRecord]) -> Counter[str] | None:
     return counts
 
 
+async def used_queues(redis: Redis, keys: Keys) -> set[str]:
+    """The queues that workers and clients have used.
+
+    Raises:
+        RedisError: when Redis does not answer or denies the right to read them.
+    """
+    return {name.decode("utf-8", "replace") for name in cast("set[bytes]", await redis.smembers(keys.queues))}
+
+
 async def find_queues(redis: Redis, keys: Keys) -> set[str] | None:
-    """The queues whose stream exists in Redis; None if the user has no right to search."""
+    """The queues whose stream exists in Redis; None if the user has no right to search.
+
+    The search visits all keys. Only it finds a queue to which nobody but plain XADDs have added jobs.
+    """
     default = keys.jobs()
     found = set()
     try:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -18,7 +17,7 @@ from ..engine.intake import NO_VLLM, VLLM_FULL
 from ..redisio.cluster import server_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from .fleet import is_silent
-from .queues import find_queues, read_queues
+from .queues import find_queues, read_queues, used_queues
 from .survey_types import QueueState
 
 
@@ -109,9 +108,9 @@ async def read_installation(
             reading.alive[name] = record
         elif not reading.is_renewable and is_connected is not False:
             reading.alive[name] = _without_present(record)
-    used: list[str] = []
+    used = set[str]()
     with reading.noted_if_denied("names of used queues"):
-        used = [name.decode("utf-8", "replace") for name in cast("set[bytes]", await redis.smembers(keys.queues))]
+        used = await used_queues(redis, keys)
     reading.searched = await find_queues(redis, keys) if searched is None else searched
     if reading.searched is None:
         reading.unread.append("queues that nobody has used through a client (+scan)")

@@ -18,7 +18,7 @@ from ..contract.records import ControlEntry, WorkerRecord
 from ..redisio.clock import Clock
 from ..redisio.errors import is_permission_denied
 from .fleet import is_silent
-from .queues import read_queues
+from .queues import read_queues, used_queues
 
 _POLL = 0.1
 """Seconds between two reads of the workers' records while a pause or a drain is awaited."""
@@ -111,13 +111,13 @@ class Steering:
         waiting = states[0].waiting if states else None
         known = tuple[str, ...]()
         if not serving and not waiting:
-            names = {name.decode("utf-8", "replace") for name in await self._used_queues()}
+            names = await self._used_queues()
             known = () if queue in names else tuple(sorted(names))
         return PauseState(pause, workers, waiting, known)
 
-    async def _used_queues(self) -> set[bytes]:
+    async def _used_queues(self) -> set[str]:
         try:
-            return cast("set[bytes]", await self._redis.smembers(self._keys.queues))
+            return await used_queues(self._redis, self._keys)
         except ResponseError as error:
             if not is_permission_denied(error):
                 raise

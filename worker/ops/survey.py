@@ -33,11 +33,12 @@ from .storage import (
 from .survey_types import DeadLetterState, RedisState, Survey
 from .suspects import buried_poison_finding
 
-_SEARCH_EVERY = 5.0
-_SEARCH_SHARE = 20
-"""The time between two searches of all keys for queues: these seconds, or as many times the duration of a search."""
-_FORECAST_EVERY = 60.0
-"""Seconds between two forecasts of the memory: each reads up to 10,000 entries."""
+_SLOW_EVERY = 60.0
+_SLOW_SHARE = 20
+"""The time between two reads of what takes Redis long: these seconds, or as many times the duration of such a read.
+
+That is the search of all keys for queues that only plain XADDs use, and the forecast of the memory.
+"""
 _LETTERS_READ = 16
 
 
@@ -54,14 +55,13 @@ class Surveyor:
         self._where = f"Redis {redacted_url(url)}"
         self._lease = lease
         self._has_answered = False
-        self._forecast: MemoryForecast | None = None
-        self._forecast_at = 0.0
-        """When the memory is forecast again (monotonic clock)."""
         self._unwritable_at = -inf
         """When Redis last did not answer, or refused writes (monotonic clock)."""
         self._searched: set[str] | None = None
-        self._search_at = 0.0
-        """When all keys are searched for queues again (monotonic clock)."""
+        self._forecast: MemoryForecast | None = None
+        self._may_forecast = True
+        self._slow_at = -inf
+        """When both are read again (monotonic clock)."""
 
     async def survey(self) -> Survey:
         """Take a picture. If Redis does not answer, the picture has only that fault."""
@@ -78,19 +78,21 @@ class Surveyor:
     async def _read(self) -> Survey:
         storage, findings, denied, renewable = await self._read_storage()
         began = time.monotonic()
-        searches = began >= self._search_at
-        searched = None if searches else self._searched
+        is_slow = began >= self._slow_at
+        searched = None if is_slow else self._searched
         reading = await read_installation(
             self._redis, self._keys, self._lease, searched=searched, renewable_for=renewable
         )
-        if searches:
-            ended = time.monotonic()
-            self._searched, self._search_at = (
-                reading.searched,
-                ended + max(_SEARCH_EVERY, _SEARCH_SHARE * (ended - began)),
-            )
         with reading.noted_if_denied("forecast of the memory (+memory|usage, +pttl)"):
-            storage = await self._add_forecast(storage)
+            if is_slow or not self._may_forecast:
+                self._may_forecast = False
+                self._forecast = await forecast_memory(self._redis, self._keys)
+                self._may_forecast = True
+            storage = _with_forecast(storage, self._forecast)
+        if is_slow:
+            ended = time.monotonic()
+            self._searched = reading.searched
+            self._slow_at = ended + max(_SLOW_EVERY, _SLOW_SHARE * (ended - began))
         now = reading.now
         findings += queue_findings(
             reading.queues,
@@ -137,14 +139,6 @@ class Surveyor:
             unread=(*denied, *dict.fromkeys(reading.unread)),
         )
 
-    async def _add_forecast(self, states: list[RedisState]) -> list[RedisState]:
-        if time.monotonic() >= self._forecast_at:
-            self._forecast = await forecast_memory(self._redis, self._keys)
-            self._forecast_at = time.monotonic() + _FORECAST_EVERY
-        needed = round(self._forecast.needed / len(states)) if self._forecast else 0
-        full_in = self._forecast.full_in if self._forecast else None
-        return [msgspec.structs.replace(state, needed=needed, full_in=full_in) for state in states]
-
     async def _read_storage(self) -> tuple[list[RedisState], list[Finding], list[str], float | None]:
         """The states of Redis's servers, the findings about them, what the user may not read of them, and for how long
         workers could renew their records (see `renewable_for`).
@@ -179,6 +173,13 @@ class Surveyor:
         if renewable is not None:
             renewable = min(renewable, time.monotonic() - self._unwritable_at)
         return states, findings, list(dict.fromkeys(unread)), renewable
+
+
+def _with_forecast(states: list[RedisState], forecast: MemoryForecast | None) -> list[RedisState]:
+    """The states with the forecast of a whole installation, in equal parts."""
+    needed = round(forecast.needed / len(states)) if forecast else 0
+    full_in = forecast.full_in if forecast else None
+    return [msgspec.structs.replace(state, needed=needed, full_in=full_in) for state in states]
 
 
 def _fault_of(error: RedisError | OSError) -> Fault:
