@@ -5,22 +5,18 @@ must be the one that the server gives directly and undisturbed, at temperature 0
 """
 
 import asyncio
-import os
-import re
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 from conftest import StartWorker, metric
+from real_vllm import COMMAND, Vllm
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -29,7 +25,6 @@ from worker.contract.records import WorkerRecord
 from worker.engine.application import Worker
 from worker.vllm.servers.circuit import DRAINING
 
-COMMAND = os.environ.get("VLLM_COMMAND", "")
 pytestmark = [
     pytest.mark.real_vllm,
     pytest.mark.skipif(not COMMAND, reason="VLLM_COMMAND does not start a real vLLM"),
@@ -43,69 +38,18 @@ ACCEPTED = 8
 SLOTS = 64
 LIMITS = {"slots": SLOTS, "first_token_timeout": 200, "gap_timeout": 200, "lease": 15, "drain_timeout": 5}
 """A busy machine makes vLLM slow: no answer is given up for that."""
+LIMITED = ("--max-num-seqs", str(AT_ONCE), "--shutdown-timeout", "300")
 REFUSING = ("--max-num-queued-reqs", str(ACCEPTED))
 LENGTHS = (90, 140, 190, 240)
 """How long the answers are, in tokens: long enough to fill a server, unequal so that their ends are spread."""
 PHASES = ("first_token", "answer")
 
 
-class Vllm:
-    """A vLLM server in processes of its own."""
-
-    def __init__(self, port: int, folder: Path, *options: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = folder / f"vllm-{port}.log"
-        words = [word.format(port=port) for word in shlex.split(COMMAND)]
-        self._words = [*words, "--max-num-seqs", str(AT_ONCE), "--shutdown-timeout", "300", *options]
-        self.start()
-
-    def start(self) -> None:
-        with self._log.open("ab") as output:
-            self.process = subprocess.Popen(self._words, stdout=output, stderr=output, start_new_session=True)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the server and to its engine."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def end(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-
-    def drain(self) -> None:
-        """Ask the server to shut down when its open streams have ended."""
-        self.process.terminate()
-
-    async def ready(self) -> None:
-        """Wait until the server answers; it takes a minute or more to start."""
-        async with httpx.AsyncClient() as http:
-
-            async def answers() -> bool:
-                assert self.process.poll() is None, self._log.read_text(errors="replace")[-2000:]
-                with suppress(httpx.HTTPError):
-                    return (await http.get(f"{self.url}/health")).is_success
-                return False
-
-            await eventually(answers, within=600)
-
-    async def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    async def sample(self) -> dict[str, float]:
-        """The server's own metrics, each summed over its labels."""
-        sums: dict[str, float] = {}
-        async with httpx.AsyncClient(timeout=60) as http:
-            page = (await http.get(f"{self.url}/metrics")).text
-        for name, value in re.findall(r"^vllm:(\w+)(?:\{.*\})? (\S+)$", page, re.MULTILINE):
-            sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
-
-
 @pytest.fixture(scope="module")
 def vllms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]]:
     """Two servers: the first one refuses requests when it is full, the second one lets them wait."""
     folder = tmp_path_factory.mktemp("vllm")
-    both = Vllm(8120, folder, *REFUSING), Vllm(8121, folder)
+    both = Vllm(8120, folder, *LIMITED, *REFUSING), Vllm(8121, folder, *LIMITED)
     try:
         for server in both:
             asyncio.run(server.ready())
