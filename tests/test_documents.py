@@ -123,7 +123,7 @@ def test_every_document_is_reachable_from_the_readme() -> None:
 def test_every_file_that_is_named_exists(document: Document) -> None:
     text = document.prose + "".join(example.code for example in document.examples if example.language == "sh")
     packages = "|".join(path.parent.name for path in (ROOT / "worker").glob("*/__init__.py"))
-    for name in re.findall(rf"(?<![\w./-])(?:worker|tests|deploy|\.ci|{packages})/[\w./-]*[\w/]", text):
+    for name in re.findall(rf"(?<![\w./=-])(?:worker|tests|deploy|\.ci|{packages})/[\w./-]*[\w/]", text):
         there = (ROOT / name, ROOT / "worker" / name, ROOT / "worker" / f"{name}.py")
         assert any(path.exists() for path in there), f"{name} does not exist"
 
