@@ -1,4 +1,4 @@
-"""Faults for an installation under load, each with the name by which `worker status` must call it."""
+"""Faults for an installation, each with the name by which `worker status` must call it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -61,6 +61,13 @@ async def vllm_away(it: Installation) -> AsyncIterator[None]:
 async def vllm_frozen(it: Installation) -> AsyncIterator[None]:
     """A server accepts requests and streams nothing, also of running answers."""
     it.vllm[0].clock.stop()
+    yield
+
+
+@_fault("vllm_silent")
+async def vllm_stopped(it: Installation) -> AsyncIterator[None]:
+    """A server accepts connections and answers nothing, its health included."""
+    it.vllm[0].simulator.stop()
     yield
 
 

@@ -22,6 +22,7 @@ from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
 from worker.sandbox.programs import Programs, start_programs
 from worker.sandbox.simulator.scheduler import ServerClock
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 
 LEASE = 15.0
 """The default: what is named within a time is named so in production."""
@@ -50,11 +51,30 @@ class StoppableClock(ServerClock):
         await self._runs.wait()
 
 
+class StoppableSimulator(Simulator):
+    """A server that a test may stop, as SIGSTOP does: it then accepts connections and answers nothing."""
+
+    def __init__(self, options: Options, clock: ServerClock) -> None:
+        super().__init__(options, clock=clock)
+        self._runs = asyncio.Event()
+        self._runs.set()
+
+    def stop(self) -> None:
+        self._runs.clear()
+
+    def go_on(self) -> None:
+        self._runs.set()
+
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
+        await self._runs.wait()
+        await super()._handle(request, connection)
+
+
 @dataclass(slots=True)
 class VllmServer:
     """A simulated server, and its clock."""
 
-    simulator: Simulator
+    simulator: StoppableSimulator
     clock: StoppableClock
 
 
@@ -115,13 +135,14 @@ class Watch:
         async with asyncio.timeout(_HANG):
             return cast("dict[str, Any]", json.loads(await self._process.stdout.readline()))
 
-    async def healthy(self, workers: int = 2) -> None:
-        """Wait until all workers stream and nothing is wrong."""
+    async def healthy(self, workers: int = 2, *, idle: bool = False) -> None:
+        """Wait until all workers stream, or are idle, and nothing is wrong."""
         async with asyncio.timeout(_HANG):
             while True:
                 picture = await self.next()
-                streaming = [one for one in picture["workers"] if one["state"] == "working" and one["tokens_per_s"]]
-                if len(streaming) == workers and not picture["faults"]:
+                working = [one for one in picture["workers"] if one["state"] == "working"]
+                there = [one for one in working if bool(one["tokens_per_s"]) is not idle]
+                if len(there) == workers and not picture["faults"]:
                     return
 
     async def diagnose(self, wanted: Collection[str] = ()) -> tuple[str, float]:
@@ -169,12 +190,13 @@ async def start_installation(
                 await asyncio.gather(*load, return_exceptions=True)
                 for vllm in it.vllm:
                     vllm.clock.go_on()
+                    vllm.simulator.go_on()
 
 
 @asynccontextmanager
 async def _vllm_server() -> AsyncIterator[VllmServer]:
     clock = StoppableClock()
-    async with Simulator(Options(scenario=_ANSWERS), clock=clock) as simulator:
+    async with StoppableSimulator(Options(scenario=_ANSWERS), clock) as simulator:
         yield VllmServer(simulator, clock)
 
 

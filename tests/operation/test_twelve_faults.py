@@ -1,4 +1,4 @@
-"""Twelve kinds of faults are injected into an installation under load, and `worker status` alone must name each.
+"""Twelve kinds of faults are injected into an installation, under load or idle. `worker status` alone must name each.
 
 Names and seconds: `pytest -rP tests/operation/test_twelve_faults.py`.
 """
@@ -10,6 +10,9 @@ import pytest
 from injected_faults import FAULTS
 from installation import LEASE, start_installation, watching
 
+_OF_ANSWERS = {"vllm_frozen", "poison_job"}
+"""The faults that only answers show."""
+
 
 @pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "poison_job"])
 async def test_the_first_fault_that_the_status_names_is_the_one_injected(kind: str, redis_binary: Path) -> None:
@@ -18,6 +21,16 @@ async def test_the_first_fault_that_the_status_names_is_the_one_injected(kind: s
         async with FAULTS[kind].inject(it):
             named, seconds = await watch.diagnose()
     print(f"{kind}: {named} after {seconds:.1f} s")  # noqa: T201 - the figure that is measured
+    assert named in FAULTS[kind].named
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind not in _OF_ANSWERS])
+async def test_a_fault_of_an_idle_installation_is_named(kind: str, redis_binary: Path) -> None:
+    async with start_installation(redis_binary, streams=0) as it, watching(it.url) as watch:
+        await watch.healthy(idle=True)
+        async with FAULTS[kind].inject(it):
+            named, seconds = await watch.diagnose()
+    print(f"{kind}, idle: {named} after {seconds:.1f} s")  # noqa: T201 - as above
     assert named in FAULTS[kind].named
 
 

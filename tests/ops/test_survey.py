@@ -169,18 +169,22 @@ async def test_a_pause_and_a_job_that_may_be_poison_are_faults(
 
 
 @pytest.mark.parametrize(
-    ("reasons", "state", "fault"),
+    ("reasons", "requests", "state", "fault"),
     [
-        (("silent", "silent"), "silent", "vllm_silent"),
-        (("silent", ""), "up", ""),
-        (("refuses_all", ""), "full", "vllm_full"),
+        (("silent", "silent"), (1, 1), "silent", "vllm_silent"),
+        (("silent", ""), (1, 1), "up", ""),
+        (("silent", ""), (1, 0), "silent", "vllm_silent"),
+        (("silent", ""), (0, 1), "up", ""),
+        (("silent", "silent"), (0, 0), "silent", "vllm_silent"),
+        (("silent", ""), (0, 0), "up", ""),
+        (("refuses_all", ""), (1, 1), "full", "vllm_full"),
     ],
 )
-async def test_a_server_is_silent_if_it_is_so_for_every_worker_that_uses_it(
-    reasons: tuple[str, str], state: str, fault: str, redis_url: str, write: Write
+async def test_a_server_is_silent_if_it_is_so_for_every_worker_that_uses_it_or_else_for_all(
+    reasons: tuple[str, str], requests: tuple[int, int], state: str, fault: str, redis_url: str, write: Write
 ) -> None:
-    for name, reason in zip("ab", reasons, strict=True):
-        server = ServerRecord(url="http://gpu:8000", state="up", reason=reason, requests=1)
+    for name, reason, count in zip("ab", reasons, requests, strict=True):
+        server = ServerRecord(url="http://gpu:8000", state="up", reason=reason, requests=count)
         await write(name, servers=[json.loads(to_json(server))])
     found = await survey(redis_url)
     assert [server.state for server in found.servers] == [state]

@@ -64,8 +64,14 @@ BRIEF = {"probe_limit": SHORT, "longest_probe_limit": 4 * SHORT}
 
 
 def quick(**pace: float) -> ServerPace:
-    """A pace with short pauses."""
-    fast = {"probe_every": SHORT, "list_again_after": SHORT, "first_pause": SHORT, "longest_pause": SHORT}
+    """A pace with short pauses, without probes of idle servers."""
+    fast = {
+        "probe_every": SHORT,
+        "list_again_after": SHORT,
+        "first_pause": SHORT,
+        "longest_pause": SHORT,
+        "idle_every": 3600,
+    }
     return ServerPace(**fast | pace)
 
 

@@ -448,3 +448,40 @@ def test_a_server_is_silent_once_no_request_has_had_an_event_for_a_while(
     server.note_activity()
     clock.now += quiet_for
     assert server.is_silent is silent
+
+
+def silence_of(server: Server, *, after: float, clock: Clock) -> bool:
+    clock.now += after
+    return server.is_silent
+
+
+def answers_probes(server: Server, clock: Clock, *, within: float) -> None:
+    for _ in range(2):
+        server.note_probe()
+        clock.now += within
+        server.note_response()
+
+
+def test_only_a_probe_without_an_answer_shows_that_an_idle_server_is_silent(server: Server, clock: Clock) -> None:
+    answers_probes(server, clock, within=0.1)
+    assert not silence_of(server, after=600, clock=clock)
+    server.note_probe()
+    assert silence_of(server, after=0, clock=clock)
+    with server.reserve():  # a job that gets no answer either
+        assert silence_of(server, after=1, clock=clock)
+    assert silence_of(server, after=0, clock=clock)
+    server.note_response()
+    assert not silence_of(server, after=0, clock=clock)
+
+
+@pytest.mark.parametrize("seconds", [3, 40])
+def test_a_server_that_always_answers_probes_late_is_not_silent(server: Server, clock: Clock, seconds: float) -> None:
+    for _ in range(3):
+        server.note_probe()
+        assert not silence_of(server, after=min(seconds, 20), clock=clock), "the first time"
+        server.note_response()
+        answers_probes(server, clock, within=seconds)
+        server.note_probe()
+        assert not silence_of(server, after=1.5 * seconds, clock=clock)
+        assert silence_of(server, after=7 + seconds, clock=clock)
+        server.note_response()

@@ -53,8 +53,8 @@ def _state_of(there: list[ServerRecord]) -> StateOfServer:
         return "starting"
     if any(server.reason == REFUSES_ALL for server in there):
         return "full"
-    busy = [server for server in there if server.requests]
-    return "silent" if busy and all(server.reason == SILENT for server in busy) else "up"
+    busy = [server for server in there if server.requests]  # answers show more than probes
+    return "silent" if all(server.reason == SILENT for server in busy or there) else "up"
 
 
 def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
@@ -80,7 +80,8 @@ def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
             fault: Fault = "vllm_login" if refusing else "vllm_away"
             findings.append(Finding("warning", subject, message, fix, fault))
         if state.state == "silent":
-            message = f"it has {state.requests} requests and has sent nothing for some seconds: it may be frozen"
+            what = f"has {state.requests} requests and has sent nothing" if state.requests else "has answered no probe"
+            message = f"it {what} for some seconds: it may be frozen"
             fix = "look at its log and its GPU, and restart it if it stays so: the answers continue elsewhere"
             findings.append(Finding("warning", subject, message, fix, "vllm_silent"))
         if state.state == "partly":

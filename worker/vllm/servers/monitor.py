@@ -54,15 +54,22 @@ class ServerMonitor:
                 group.create_task(self._watch_load(server))
 
     async def _watch_health(self, server: Server) -> None:
+        key_is_tried = False
         while True:
             changed = self._changed()
+            pause = self._pace.first_drain_pause if server.circuit.is_draining else self._pace.probe_every
             if server.circuit.wants_drain_trial:
                 await self._send_trial(server, server.answered_model or min(server.models, default=""))
             elif server.circuit.wants_probe:
                 await self._probes.probe(server)
             elif not server.is_away and any(watchdog.is_silent() for watchdog in server.requests):
                 await self._probes.probe_silent(server)
-            pause = self._pace.first_drain_pause if server.circuit.is_draining else self._pace.probe_every
+            elif not server.is_away and server.is_idle(self._pace.idle_every / 2):
+                await self._probes.probe_idle(server)
+                if server.refuses_list and not key_is_tried:
+                    key_is_tried = True
+                    await self._send_trial(server, "")
+                pause = self._pace.idle_every
             await wait_set(changed, _jittered(pause))
 
     async def _watch_models(self, server: Server) -> None:

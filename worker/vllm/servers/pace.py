@@ -14,6 +14,10 @@ class ServerPace:
     """The time between two probes of a server that is away, and between two checks of a server that works."""
     probe_limit: float = 3.0
     """The time limit of a probe. After a late answer the limit of the next probe is doubled."""
+    idle_every: float = 2.5
+    """The time between two probes of a server that has no requests."""
+    idle_list_every: float = 4.0
+    """The time after which such a probe requests the models instead of the health: in turns."""
     longest_probe_limit: float = 60.0
     list_every: float = 60.0
     """The time between two requests for the models of a server that works."""

@@ -302,6 +302,7 @@ class ServerPool:
             finally:
                 await stream.aclose()
             circuit.on_success(sent)
+            server.note_response()
         except UpstreamError as error:
             refuses_key = await self._check_key(server, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):

@@ -17,6 +17,9 @@ from .server import Server
 
 _T = TypeVar("_T")
 
+_LIST_SHARE = 20
+"""The time between two lists of an idle server is at least this many times the duration of the last one."""
+
 
 class Probes:
     """Sends probes, and records their results in the servers and in their circuits."""
@@ -28,13 +31,42 @@ class Probes:
         self._health_limits: dict[Server, float] = {}
         """The time limit of the next probe in seconds, for each server whose last answer was late."""
         self._list_limits: dict[Server, float] = {}
+        self._list_took: dict[Server, float] = {}
+        """Seconds until the last list of each server came, or was given up."""
+        self._without_health: set[Server] = set()
+        """The servers without `/health` (404): their list of models is the probe."""
         self._listing = asyncio.Lock()
         self._last_round_began = self._last_whole_round_began = float("-inf")
 
     async def probe(self, server: Server) -> None:
-        """Probe a server, and record the result in its circuit."""
+        """Probe a server, its health and then its list of models, and record the result in its circuit."""
+
+        async def trouble_of(server: Server) -> str:
+            return await self._health_trouble(server) or await self._list_trouble(server)
+
+        await self._probe(server, trouble_of)
+
+    async def probe_idle(self, server: Server) -> None:
+        """Probe a server that has no requests: in turns its health and its list of models.
+
+        A router may take long for its list. If the list is late, the health decides.
+        """
+
+        async def trouble_of(server: Server) -> str:
+            trouble = await self._list_trouble(server) if self._should_list(server) else ""
+            return trouble or (await self._health_trouble(server) if server.awaits_response else "")
+
+        await self._probe(server, trouble_of)
+
+    def _should_list(self, server: Server) -> bool:
+        since = time.monotonic() - server.listed_at  # infinite while `fetch_models` is to be called at once
+        every = max(self._pace.idle_list_every, _LIST_SHARE * self._list_took.get(server, 0.0))
+        return server in self._without_health or every < since < float("inf")
+
+    async def _probe(self, server: Server, trouble_of: Callable[[Server], Awaitable[str]]) -> None:
+        server.note_probe()
         try:
-            trouble = await self._trouble_of(server)
+            trouble = await trouble_of(server)
         except LateAnswer:
             server.circuit.on_late_probe()
         else:
@@ -73,8 +105,8 @@ class Probes:
             self._last_whole_round_began = began
             return True
 
-    async def _trouble_of(self, server: Server) -> str:
-        """Why a server is away; empty if it is not. Its list of models is then recorded, unless the list is late.
+    async def _health_trouble(self, server: Server) -> str:
+        """Why a server is away, by its health; empty if it is not, or has no `/health`.
 
         Raises:
             LateAnswer: when the server does not answer in time.
@@ -86,31 +118,52 @@ class Probes:
         except UpstreamError as error:
             server.fix = error.fix
             return error.code
-        if health >= 500:
-            return f"health_{health}"
-        if health != 404:
+        server.note_response()
+        if health == 404:
+            self._without_health.add(server)
+        else:
+            self._without_health.discard(server)
+        return f"health_{health}" if health >= 500 else ""
+
+    async def _list_trouble(self, server: Server) -> str:
+        """Why a server is away, by its list of models; empty if it is not. The list is recorded, unless it is late.
+
+        Raises:
+            LateAnswer: when a server without `/health` does not answer in time.
+        """
+        is_probe = server in self._without_health
+        if not is_probe:
             problem = await self._record_list(server, lambda: self._api.models(server, self._pace.probe_limit))
-        elif isinstance(problem := await self.fetch_models(server), LateAnswer):  # the list is the probe
+        elif isinstance(problem := await self.fetch_models(server), LateAnswer):
             raise problem
         if problem is None or isinstance(problem, LateAnswer):
             return ""
         if not problem.status:  # the connection was lost meanwhile
             return problem.code
-        if problem.code == UNAUTHORIZED and server.refuses_key:  # the server is away until its list accepts a key
+        # A server that has sent its list refuses a changed key. Once away, it is so until its list accepts a key.
+        if problem.code == UNAUTHORIZED and (server.models or server.refuses_key):
             return problem.code
-        return problem.code if health == 404 and problem.status >= 500 else ""  # a refused key is an answer too
+        return problem.code if is_probe and problem.status >= 500 else ""  # a refused key is an answer too
 
     async def _record_list(self, server: Server, fetch: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
-        server.listed_at = time.monotonic()
+        server.listed_at = began = time.monotonic()
         try:
             server.record_models(await fetch())
         except UpstreamError as error:
+            if error.status:
+                server.note_response()
+            server.refuses_list = error.status == 401 and not server.models
             if not error.retryable or (error.status == 403 and not server.models):
                 server.record_models([])
                 return None
             if isinstance(error, LateAnswer) and error.limit < self._pace.longest_probe_limit:
                 server.listed_at = float("-inf")  # fetch it again soon, while requests continue
             return error
+        else:
+            server.note_response()
+            server.refuses_list = False
+        finally:
+            self._list_took[server] = time.monotonic() - began
         return None
 
     async def _with_longer_limit(

@@ -1,6 +1,7 @@
 """The state of one vLLM server: its models, its load and its circuit. No I/O; the clock is injected."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import (
@@ -25,6 +26,13 @@ SILENT_AFTER = 5.0
 """Seconds without any event after which a server with open answers is reported as silent: longer than most prefills."""
 SILENT_BEFORE_ANSWERS = 8.0
 """The same, while the server has not begun any of its answers."""
+SILENT_TO_PROBES_AFTER = 6.5
+"""The same, for a server without requests that does not answer a probe: `worker status` names it within 10 s.
+
+Twice the time that the last probes took is added, since some servers always answer late.
+"""
+_FIRST_PROBE = 10.0
+"""Seconds that the first probe may take: the time that a busy server needs is not known yet."""
 MOST_REQUESTS = 10_000
 """The limit of a server's limit, if the pool states none."""
 
@@ -60,6 +68,8 @@ class Server:
         listed_at: when the server's list was last requested, by the clock.
         fix: how to fix the server's last error, if that is known.
         accepted_key: the API key that the server accepted last; empty before that.
+        refuses_list: whether the server refuses the worker's keys (401) for its list, and has never sent its list. Only
+            a request shows whether it refuses them for answers too.
         answered_model: the model of the last request that the server began to answer; empty before that.
         limit: how many requests this worker may have in flight at the server.
         refuses_all: the error with which the server has refused every request for a while, as a full server; or None.
@@ -88,6 +98,7 @@ class Server:
         self.listed_at = float("-inf")
         self.fix = ""
         self.accepted_key = ""
+        self.refuses_list = False
         self.answered_model = ""
         self.limit = ConcurrencyLimit(clock, most=most)
         self.refuses_all: UpstreamError | None = None
@@ -99,6 +110,12 @@ class Server:
         self._clock = clock
         self._active_at = clock()
         """When an answer last began or ended."""
+        self._responded_at = clock()
+        """When the server last answered a probe or a request."""
+        self._probed_at: float | None = None
+        """When the first probe was sent since then; None if none was."""
+        self._probes_took = deque[float](maxlen=2)
+        """How long the last two probes took: those of the health and of the models."""
         self._on_room = on_room
         self._on_models = on_models
         self._deniers: dict[str, set[Caller]] = {}
@@ -162,9 +179,38 @@ class Server:
         """Note that an answer has begun or ended."""
         self._active_at = self._clock()
 
+    def note_probe(self) -> None:
+        """Record that a probe is sent."""
+        if self._probed_at is None:
+            self._probed_at = self._clock()
+
+    def note_response(self) -> None:
+        """Record that the server has answered a probe, or a request to the end."""
+        self._responded_at = self._clock()
+        if self._probed_at is not None:
+            self._probes_took.append(self._responded_at - self._probed_at)
+            self._probed_at = None
+
+    @property
+    def awaits_response(self) -> bool:
+        """Whether a probe was sent since the server last answered anything."""
+        return self._probed_at is not None
+
+    def is_idle(self, seconds: float) -> bool:
+        """Whether the server has no requests, and has answered nothing for this many seconds."""
+        return not self.in_flight and not self.requests and self._clock() - self._responded_at >= seconds
+
+    @property
+    def is_silent_to_probes(self) -> bool:
+        """Whether a probe has no answer for longer than the server usually takes, as that of a frozen server."""
+        limit = SILENT_TO_PROBES_AFTER + 2 * max(self._probes_took, default=_FIRST_PROBE)
+        return self.awaits_response and self._clock() - self._responded_at > limit
+
     @property
     def is_silent(self) -> bool:
-        """Whether the server has sent no event of any request for a while, as a frozen server does."""
+        """Whether the server has answered no probe, or sent no event of any request, for a while: it may be frozen."""
+        if self.is_silent_to_probes:
+            return True
         before, after = self.silences()
         if not before and not after:
             return False
@@ -190,6 +236,7 @@ class Server:
         """Record the first event of the stream of a request."""
         self.unanswered.pop(sent, None)
         self.note_activity()
+        self.note_response()
         self._refused_since = self.refuses_all = None
         room = self.room
         self.limit.on_first_event(self._clock() - sent.sent_at, self.in_flight)
