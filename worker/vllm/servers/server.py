@@ -1,7 +1,6 @@
 """The state of one vLLM server: its models, its load and its circuit. No I/O; the clock is injected."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import (
@@ -114,7 +113,7 @@ class Server:
         """When the server last answered a probe or a request."""
         self._probed_at: float | None = None
         """When the first probe was sent since then; None if none was."""
-        self._probes_took = deque[float](maxlen=2)
+        self._probes_took: tuple[float, ...] = ()
         """How long the last two probes took: those of the health and of the models."""
         self._on_room = on_room
         self._on_models = on_models
@@ -188,7 +187,7 @@ class Server:
         """Record that the server has answered a probe, or a request to the end."""
         self._responded_at = self._clock()
         if self._probed_at is not None:
-            self._probes_took.append(self._responded_at - self._probed_at)
+            self._probes_took = (*self._probes_took[-1:], self._responded_at - self._probed_at)
             self._probed_at = None
 
     @property
