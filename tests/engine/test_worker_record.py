@@ -8,7 +8,7 @@ from waits import eventually
 
 from worker.broker.worker_registry import WorkerRegistry
 from worker.contract.keys import Keys
-from worker.engine.worker_record import model_names
+from worker.engine.worker_record import model_names, models_away
 from worker.sandbox.simulator.server import Options
 from worker.vllm.servers.server import Server
 
@@ -27,6 +27,15 @@ def test_names_that_do_not_fit_into_the_record_are_left_out() -> None:
     assert model_names([server("x" * 257, "a")]) == ("a",)
     assert len(model_names([server(*map(str, range(5000)))])) == 100
     assert sum(map(len, model_names([server(*(f"{n:0200}" for n in range(90)))]))) <= 4000
+
+
+def test_a_model_is_away_if_all_of_its_servers_are() -> None:
+    one, other, only = server("a", "b"), server("a"), server("c")
+    assert models_away([one, other, only]) == ()
+    for away in (one, only):
+        away.circuit.on_probe("upstream_unreachable")
+    assert models_away([one, other, only]) == ("b", "c")
+    assert models_away([one, server(), only]) == (), "a server that lists nothing may have any model"
 
 
 async def test_a_worker_publishes_the_models_of_its_servers(

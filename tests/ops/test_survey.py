@@ -191,6 +191,29 @@ async def test_a_server_is_silent_if_it_is_so_for_every_worker_that_uses_it_or_e
     assert [name for name in names(found) if name] == [fault][: bool(fault)]
 
 
+async def test_it_is_an_error_that_no_worker_has_a_server_of_a_model(redis_url: str, write: Write) -> None:
+    gpu, other = ({"url": f"http://{host}:8000", "state": "up"} for host in ("gpu", "other"))
+    away = gpu | {"state": "away", "reason": "upstream_unreachable"}
+    await write("one", models=["a", "b"], models_away=["a"], servers=[away, other])
+    await write("two", models=["a", "b"], servers=[gpu, other])
+    assert (await survey(redis_url)).serves_all, "another worker reaches it"
+    await write("two", models=["a", "b"], models_away=["a"], servers=[away, other])
+    found = await survey(redis_url)
+    assert [(fault.level, fault.fault) for fault in found.faults] == [("error", "vllm_away"), ("warning", "vllm_away")]
+    assert found.faults[0].message.endswith("its jobs wait: a")
+    assert not found.serves_all
+
+
+@pytest.mark.parametrize(("reason", "fault"), [("unauthorized", "vllm_login"), ("health_503", "vllm_away")])
+async def test_it_is_an_error_that_all_servers_are_away(reason: str, fault: str, redis_url: str, write: Write) -> None:
+    """Also of workers whose servers have never listed a model."""
+    for name in ("one", "two"):
+        await write(name, paused="no_vllm", servers=[{"url": "http://gpu:8000", "state": "away", "reason": reason}])
+    found = await survey(redis_url)
+    assert (found.faults[0].level, found.faults[0].fault, found.serves_all) == ("error", fault, False)
+    assert "no job can run" in found.faults[0].message
+
+
 @pytest.mark.parametrize(
     ("values", "parked", "fault"),
     [

@@ -176,7 +176,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     jobs. `starting` is whether the worker takes no jobs because it has not probed its vLLM servers yet. `queues` are
     the queues that the worker serves, `version` is that of its package, `lease` its lease in seconds, `metrics` the
     address of its metrics, `models` the names of the models that its servers have, as far as they are known, without
-    those that do not fit. `paused_queues` are those of `queues` that an operator paused, as far as this worker knows.
+    those that do not fit, and `models_away` those of `models` whose servers are all away. `paused_queues` are those of
+    `queues` that an operator paused, as far as this worker knows.
 
     `finished`, `failed`, `cancelled` and `tokens` count since the start: jobs that ended here, those of them with the
     outcome `error`, those that were cancelled, and log entries that Redis accepted, nearly all of them with one token.
@@ -205,6 +206,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: str = ""
     servers: tuple[ServerRecord, ...] = ()
     models: tuple[str, ...] = ()
+    models_away: tuple[str, ...] = ()
     paused_queues: tuple[str, ...] = ()
     presence: bool = False
     failed: int = 0

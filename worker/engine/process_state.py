@@ -13,7 +13,7 @@ from .intake import NO_VLLM, STARTING, VLLM_FULL, JobIntake
 from .queue_pauses import QueuePauses
 from .running_jobs import RunningJobs
 from .tally import Tally
-from .worker_record import model_names, server_records
+from .worker_record import model_names, models_away, server_records
 
 
 class ProcessState:
@@ -76,6 +76,7 @@ class ProcessState:
             metrics=self._settings.metrics,
             servers=server_records(servers),
             models=model_names(servers),
+            models_away=models_away(servers),
             paused_queues=self._pauses.in_effect,
             failed=self._tally.failed,
             cancelled=self._tally.cancelled,

@@ -59,6 +59,15 @@ def model_names(servers: Sequence[Server]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def models_away(servers: Sequence[Server]) -> tuple[str, ...]:
+    """The models in the record whose servers are all away. A server that is up and lists nothing may have any model."""
+    up = [server for server in servers if not server.is_away]
+    if not all(server.models for server in up):
+        return ()
+    there = frozenset().union(*(server.models for server in up))
+    return tuple(name for name in model_names(servers) if name not in there)
+
+
 class RecordRefresher:
     """Writes this worker's record soon after its state has changed, and six times a lease.
 

@@ -57,10 +57,26 @@ def _state_of(there: list[ServerRecord]) -> StateOfServer:
     return "silent" if all(server.reason == SILENT for server in busy or there) else "up"
 
 
+def _outage_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
+    """The error if no job, or no job for some model, can run, because all servers are away for every worker."""
+    servers = [server for record in alive.values() for server in record.servers]
+    up = {model for record in alive.values() for model in record.models if model not in record.models_away}
+    away = {model for record in alive.values() for model in record.models_away} - up
+    if servers and all(record.servers for record in alive.values()) and all(s.state == "away" for s in servers):
+        message = "all vLLM servers are away for every worker: no job can run"
+    elif away:
+        message = f"all servers of a model are away for every worker, and its jobs wait: {listed(sorted(away))}"
+    else:
+        return []
+    refused = all(server.reason == UNAUTHORIZED for server in servers if server.state == "away")
+    fix = "start one of them: the findings about each server have the reason"
+    return [Finding("error", "vLLM servers", message, fix, "vllm_login" if refused else "vllm_away")]
+
+
 def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
     """What the workers see of each vLLM server: their requests and limits there, and where they do not agree."""
     seen = _seen_by(alive)
-    findings = []
+    findings = _outage_findings(alive)
     for state in server_states(alive):
         url = state.url
         there = {name: servers[url] for name, servers in seen.items() if url in servers}
