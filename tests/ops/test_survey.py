@@ -196,12 +196,12 @@ async def test_it_is_an_error_that_no_worker_has_a_server_of_a_model(redis_url: 
     away = gpu | {"state": "away", "reason": "upstream_unreachable"}
     await write("one", models=["a", "b"], models_away=["a"], servers=[away, other])
     await write("two", models=["a", "b"], servers=[gpu, other])
-    assert (await survey(redis_url)).serves_all, "another worker reaches it"
+    assert not (await survey(redis_url)).has_error, "another worker reaches it"
     await write("two", models=["a", "b"], models_away=["a"], servers=[away, other])
     found = await survey(redis_url)
     assert [(fault.level, fault.fault) for fault in found.faults] == [("error", "vllm_away"), ("warning", "vllm_away")]
     assert found.faults[0].message.endswith("its jobs wait: a")
-    assert not found.serves_all
+    assert found.has_error
 
 
 @pytest.mark.parametrize(("reason", "fault"), [("unauthorized", "vllm_login"), ("health_503", "vllm_away")])
@@ -210,7 +210,7 @@ async def test_it_is_an_error_that_all_servers_are_away(reason: str, fault: str,
     for name in ("one", "two"):
         await write(name, paused="no_vllm", servers=[{"url": "http://gpu:8000", "state": "away", "reason": reason}])
     found = await survey(redis_url)
-    assert (found.faults[0].level, found.faults[0].fault, found.serves_all) == ("error", fault, False)
+    assert (found.faults[0].level, found.faults[0].fault, found.has_error) == ("error", fault, True)
     assert "no job can run" in found.faults[0].message
 
 

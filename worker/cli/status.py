@@ -28,8 +28,9 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
 
     The parts are queues, workers, vLLM servers, Redis and dead letters.
 
-    Exit status 1 if one of the faults is an error: Redis does not answer, is full or refuses writes, or jobs wait
-    that no worker takes. Warnings leave it at 0. With --watch it is 130, that of Ctrl-C.
+    Exit status 1 if one of the faults is an error: Redis does not answer, is full or refuses writes, all vLLM servers
+    of a model are away, or jobs wait that no worker takes. Warnings leave it at 0. With --watch it is 130, that of
+    Ctrl-C.
     """
     from ..ops.survey import Surveyor  # noqa: PLC0415 - clients need not load it
     from ..redisio.clients import command_client  # noqa: PLC0415
