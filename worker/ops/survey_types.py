@@ -145,7 +145,7 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_error(self) -> bool:
-        """Whether a fault is an error: Redis takes no jobs, all servers of a model are away, or nobody does jobs that wait."""
+        """Whether a fault is an error: Redis takes no jobs, all servers of a model are away, or jobs wait for nobody."""
         return any(fault.level == "error" for fault in self.faults)
 
     def as_dict(self) -> Object:
