@@ -145,7 +145,7 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_error(self) -> bool:
-        """Whether a fault is an error: Redis takes no jobs, all servers of a model are away, or jobs wait for nobody."""
+        """Whether a fault is an error: Redis takes no jobs, a model has no server, or jobs wait that nobody takes."""
         return any(fault.level == "error" for fault in self.faults)
 
     def as_dict(self) -> Object:
