@@ -13,7 +13,7 @@ import pytest
 import vllm_relay
 import worker
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 SAME_CLASSES = """
