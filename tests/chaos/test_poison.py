@@ -252,5 +252,3 @@ async def test_a_suspect_that_waits_for_its_server_holds_up_no_other_for_ever(
     await suspected(redis, first, second)
     await start_worker(away, simulator, first_token_timeout=0.5, drain_timeout=0)
     assert (await client.result(second)).outcome == "done"
-    await client.cancel(first)
-    await eventually(lambda: nothing_pending(redis))
