@@ -1,8 +1,8 @@
 """The limits of API keys, counted in Redis so that all replicas share them: in flight, queued, requests a minute.
 
 A tenant's requests that have not been seen to end are a sorted set. Those that have not been seen to start are another.
-The replica that sees a start or an end removes the id. At a limit, the state of some ids is read, because a
-request may have ended while nobody followed it.
+The replica that sees an end removes the id. At a limit, the state of some ids is read, because a request may have
+started, or ended while nobody followed it.
 """
 
 import asyncio
@@ -126,10 +126,6 @@ class Limits:
         """
         if caller.key is not None and caller.key.requests_per_minute is not None and await self._try(caller, ""):
             raise self._refusal("rate")
-
-    async def started(self, owner: str, request_id: str) -> None:
-        """A request has left its queue."""
-        await self._retry(self._remove, [self._keys.waiting(owner_hash(owner))], [request_id])
 
     async def ended(self, owner: str, request_id: str) -> None:
         """A request has ended, or was not added after all."""
