@@ -160,6 +160,8 @@ async def test_a_name_that_is_unknown_or_ambiguous_is_refused_with_the_candidate
     await add_record(redis, "w1-b")
     ambiguous = await worker(redis_url, "drain", "w1")
     assert "begins the names of 2 workers: w1-a, w1-b" in ambiguous.stderr
+    await add_record(redis, "\x1b[2Jw")
+    assert "The workers are: �[2Jw, w1-a" in (await worker(redis_url, "drain", "w2")).stderr
     assert not await redis.exists("chat:control")
 
 

@@ -98,7 +98,8 @@ def pause(queue: str, seconds: float, why: str, as_json: bool, **options: object
                     f"queue {queue} is paused {_end_of(pause)}; workers that serve it: {len(state.workers)}{jobs}"
                 )
             if state.known:
-                click.echo(f"· no queue of this name is in use; those are: {', '.join(state.known)}", err=True)
+                known = ", ".join(map(printable, state.known))
+                click.echo(f"· no queue of this name is in use; those are: {known}", err=True)
             elif not state.workers:
                 click.echo("· no worker serves it now; workers that start later take no jobs of it either", err=True)
             unconfirmed = await steering.wait_in_effect(queue)
@@ -106,7 +107,7 @@ def pause(queue: str, seconds: float, why: str, as_json: bool, **options: object
                 shown = {"workers": list(state.workers), "waiting": state.waiting, "unconfirmed": sorted(unconfirmed)}
                 click.echo(to_json({"queue": queue} | _as_dict(pause) | shown))
             for name, record in sorted(unconfirmed.items()):
-                click.echo(f"· {name} {_unconfirmed(steering, record)}", err=True)
+                click.echo(f"· {printable(name)} {_unconfirmed(steering, record)}", err=True)
             if state.workers and not unconfirmed and not as_json:
                 click.echo("all of them have confirmed: none of its jobs starts")
             return not unconfirmed
@@ -170,12 +171,12 @@ def drain(name: str, why: str, wait: bool, as_json: bool, **options: object) -> 
             jobs = await steering.jobs_of(worker, record.queues) if wait else set()
             await steering.drain(worker, why=why)
             _show(as_json, {"worker": worker, "state": "asked", "running": record.running},
-                  f"worker {worker} was asked to drain; jobs that run there: {record.running}")  # fmt: skip
+                  f"worker {printable(worker)} was asked to drain; jobs that run there: {record.running}")  # fmt: skip
             if steering.is_silent(record):
                 silence = steering.silence_of(record)
                 click.echo(f"· it has been silent for {silence:.0f} s: it drains if it still runs", err=True)
             for queue in sorted(set(record.queues) - _served_by_others(steering, records, worker)):
-                click.echo(f"· no other worker serves the queue {queue}: its jobs wait for one", err=True)
+                click.echo(f"· no other worker serves the queue {printable(queue)}: its jobs wait for one", err=True)
             if wait:
                 states = steering.watch_drain(worker, record.queues, jobs)
                 await _follow(worker, states, as_json=as_json)
@@ -194,7 +195,7 @@ async def _follow(worker: str, states: "AsyncGenerator[DrainState]", *, as_json:
             async for state in states:
                 _show(as_json, _as_drain(worker, state), _drain_line(state))
     except asyncio.CancelledError:  # by Ctrl-C
-        raise Interrupted(f"{worker} drains all the same: worker status shows it") from None
+        raise Interrupted(f"{printable(worker)} drains all the same: worker status shows it") from None
 
 
 def _as_drain(worker: str, state: "DrainState") -> Object:

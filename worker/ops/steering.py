@@ -19,6 +19,7 @@ from ..redisio.clock import Clock
 from ..redisio.errors import is_permission_denied
 from .fleet import is_silent
 from .queues import read_queues, used_queues
+from .units import printable
 
 _POLL = 0.1
 """Seconds between two reads of the workers' records while a pause or a drain is awaited."""
@@ -219,4 +220,4 @@ def find_worker(given: str, records: Mapping[str, WorkerRecord]) -> str:
 
 def _listed(names: list[str], most: int = 20) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more
