@@ -304,6 +304,7 @@ async def test_a_full_redis_is_the_first_fault_and_its_workers_are_known_by_thei
             found = await survey(server.url)
             assert names(found) == ["redis_full", "worker_dead"]
             assert [queue.workers for queue in found.queues] == [2]
+            assert any(line.startswith("Redis ") and line.endswith("  full") for line in lines_of(found))
             assert {worker.name: (worker.state, worker.reason, worker.tokens_per_s) for worker in found.workers} == {
                 "early": ("unknown", "", 0), "gone": ("silent", "", 0), "up": ("connected", "", 0)
             }  # fmt: skip

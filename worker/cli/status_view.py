@@ -74,6 +74,8 @@ def _redis(redis: RedisState) -> tuple[str, ...]:
 def _full_in(redis: RedisState) -> str:
     if not redis.limit:
         return "-"
+    if redis.used >= redis.limit:
+        return "full"
     if redis.full_in is not None:
         return duration(redis.full_in)
     if redis.needed is None:

@@ -95,7 +95,8 @@ def renewable_for(infos: Iterable[Mapping[str, object]], *, refuses: bool) -> fl
     infos = list(infos)
     if any(info.get("role") == "slave" for info in infos):
         return None
-    return 0.0 if refuses else min(float(str(info.get("uptime_in_seconds", inf))) for info in infos)
+    # INFO has whole seconds: 0 in the first one, in which Redis takes writes as well.
+    return 0.0 if refuses else 1 + min(float(str(info.get("uptime_in_seconds", inf))) for info in infos)
 
 
 async def write_finding(redis: Redis, where: str, keys: Keys) -> Finding | None:
