@@ -66,6 +66,18 @@ async def test_a_request_that_ended_while_nobody_followed_does_not_count(
     assert first not in await served.gateway.services.limits.running(OWNER)
 
 
+@pytest.mark.parametrize("own", [{}, {"Idempotency-Key": "k"}], ids=["no key", "key"])
+async def test_a_request_that_is_refused_does_not_count(
+    start_gateway: StartGateway, http: httpx.AsyncClient, own: dict[str, str]
+) -> None:
+    served = await start_gateway(keys=keys(in_flight=1))
+    headers = {"Authorization": f"Bearer {KEY_A}"}
+    refused = await http.post(f"{served.url}/requests", json={"messages": []}, headers=headers | own)
+    assert refused.status_code == 400
+    added = await http.post(f"{served.url}/requests", json={"messages": MESSAGES}, headers=headers)
+    assert added.status_code == 202
+
+
 async def test_waiting_requests_are_limited_and_a_started_one_does_not_count(
     start_gateway: StartGateway, http: httpx.AsyncClient, start_simulator: StartSimulator, start_worker: StartWorker,
     client: Client,

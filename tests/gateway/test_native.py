@@ -130,6 +130,28 @@ async def test_bad_options_are_refused_and_nothing_is_queued(
     assert (await http.get(f"{gateway.url}/requests")).json()["requests"] == []
 
 
+WRONG_TYPES: list[dict[str, object]] = [
+    {"messages": "Hi"},
+    {"messages": [1]},
+    {"messages": []},
+    {"messages": None},
+    {"model": 5},
+    {"stream": "yes"},
+    {"n": "2"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=str)
+async def test_a_body_of_wrong_types_is_refused_and_nothing_is_queued(
+    gateway: Served, http: httpx.AsyncClient, redis: Redis, wrong: dict[str, object]
+) -> None:
+    response = await http.post(f"{gateway.url}/requests", json=BODY | wrong)
+    assert response.status_code == 400
+    error_of(response)
+    assert not await redis.keys("chat:jobs*")
+    assert not await redis.keys("chat:tokens*")
+
+
 async def test_an_idempotency_key_has_255_characters_at_most(gateway: Served, http: httpx.AsyncClient) -> None:
     response = await http.post(f"{gateway.url}/requests", json=BODY, headers={"Idempotency-Key": "k" * 256})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "Idempotency-Key")

@@ -62,5 +62,23 @@ async def read_json(request: Request, limit: int) -> JsonObject:
     return cast("JsonObject", found)
 
 
+def check_completion(body: JsonObject) -> None:
+    """Check the types of what every chat completion has. vLLM checks the rest, once a worker has the job.
+
+    Raises:
+        Problem: when one is wrong (400).
+    """
+    messages = body.get("messages")
+    wrong = {
+        "stream must be true or false": not isinstance(body.get("stream"), bool | None),
+        "model must be text": not isinstance(body.get("model", ""), str | None),
+        "messages must be a list of objects": not isinstance(messages, list)
+        or not all(isinstance(message, dict) for message in messages),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise Problem(400, "invalid_request", message, param=message.partition(" ")[0])
+
+
 def _too_large(limit: int) -> Problem:
     return Problem(413, "request_too_large", f"the body is larger than {limit} bytes")

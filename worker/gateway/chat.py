@@ -18,7 +18,7 @@ from ..contract.entries import Object
 from ..telemetry.stream_events import StreamEnd
 from .access import Requester
 from .answers import AnswerPace, WholeAnswer
-from .body import JsonObject, body_limit, read_json
+from .body import JsonObject, body_limit, check_completion, read_json
 from .chat_stream import ChunkStream
 from .ids import id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
@@ -213,14 +213,8 @@ def read_call(body: JsonObject, options: JobOptions, headers: Mapping[str, str],
     Raises:
         Problem: when a field or a header is malformed (400).
     """
-    streams = body.get("stream")
-    if streams is not None and not isinstance(streams, bool):
-        raise _invalid("stream", "must be true or false")
-    if not isinstance(body.get("model", ""), str | None):
-        raise _invalid("model", "must be text")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _invalid("messages", "must be a list of objects")
+    check_completion(body)
+    streams = bool(body.get("stream"))
     key = read_idempotency_key(headers)
     skip = _number(headers.get("relay-after", "0"), "Relay-After")
     if skip and not (key and streams):
@@ -231,7 +225,7 @@ def read_call(body: JsonObject, options: JobOptions, headers: Mapping[str, str],
     return ChatCall(
         owner=caller.owner,
         protocol=ChatChunks.of(cast("Object", body)),
-        streams=bool(streams),
+        streams=streams,
         key=key,
         skip=skip,
         is_retry=_is_retry(headers.get("x-stainless-retry-count", "")),

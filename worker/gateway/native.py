@@ -14,7 +14,7 @@ from ..client.errors import ClientError, MappedRetry
 from ..contract.entries import Object
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .access import Requester
-from .body import body_limit, read_json
+from .body import body_limit, check_completion, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
 from .ids import id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
@@ -67,11 +67,18 @@ class _NativeApi:
         caller = services.access.caller(request)
         body = await read_json(request, body_limit(services.settings, caller))
         options = take_job_options(body, request.headers, caller, services.settings)
+        check_completion(body)
         key = read_idempotency_key(request.headers)
         if key:
             options["id"] = request_id = id_of_key(caller.owner, key)
             await services.limits.admit(caller, request_id)
-            await services.client.enqueue(body, **options)
+            try:
+                await services.client.enqueue(body, **options)
+            except BaseException:
+                with contextlib.suppress(ClientError):
+                    if (await services.client.status(request_id)).state is State.UNKNOWN:
+                        await services.limits.ended(caller.owner, request_id)
+                raise
             return self._started(request_id)
         print_, new = fingerprint(caller, body, {**options, "route": "/requests"}), new_id(caller.owner)
         count = partial(services.limits.count, caller)
