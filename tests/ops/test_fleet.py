@@ -155,6 +155,8 @@ async def test_a_worker_without_a_vllm_has_the_reason_of_each_server(record: Rec
     assert one.message.endswith("no_vllm (http://a:8000: unauthorized, http://b:8000: upstream_unreachable)")
     assert "VLLM_API_KEY" in one.fix
     assert two.fix.startswith("start a vLLM server")
+    (outage,) = await find("vLLM servers")
+    assert outage.level == "warning", "a worker with other servers can work"
 
 
 async def test_a_queue_with_jobs_that_nobody_serves_is_found(

@@ -158,7 +158,7 @@ async def _check_queues_and_workers(
 ) -> AsyncGenerator[Finding]:
     """Report the queues and the workers, as far as the user may read them.
 
-    A lack of workers is a warning: the check is made before a worker starts.
+    What is wrong with other workers is a warning, and so is a lack of them: it keeps no further worker from its work.
     """
     own = list(settings.queues)
     reading = await read_installation(redis, keys, settings.lease, own, renewable_for=renewable_for)
@@ -184,9 +184,8 @@ async def _check_queues_and_workers(
             unfinished=sum(state.unfinished for state in reading.queues),
             connected=reading.connected,
             is_renewable=reading.is_renewable,
-            lack="warning",
         ):
-            yield finding
+            yield replace(finding, level="warning") if finding.level == "error" else finding
     found: list[Finding] = []
     with reading.noted_if_denied("groups of the lifecycle"):
         found = await lifecycle_findings(redis, keys, reading.now)

@@ -118,15 +118,13 @@ def fleet_findings(
     unfinished: int,
     connected: Mapping[str, bool],
     is_renewable: bool,
-    lack: Level,
 ) -> list[Finding]:
     """Findings about the workers, by their records.
 
     `alive` are those that are not silent, and `connected` is whether a worker is connected to Redis, as far as that is
     known. `now` is in seconds by Redis's clock. `lease` is that of the settings; 0 if it is not to be compared with
-    that of the workers. `unfinished` is the number of jobs to be done, and `lack` the level if no worker runs for them.
-    The record of a killed worker remains for ten leases. Nothing is concluded from records that Redis lets nobody renew
-    (`is_renewable`).
+    that of the workers. `unfinished` is the number of jobs to be done. The record of a killed worker remains for ten
+    leases. Nothing is concluded from records that Redis lets nobody renew (`is_renewable`).
     """
     findings: list[Finding] = []
     for name, record in sorted(records.items()):
@@ -139,7 +137,7 @@ def fleet_findings(
     if not alive:
         if unfinished:
             message = f"no worker runs; jobs to be done: {unfinished}"
-            return [Finding(lack, "workers", message, "start one: worker run", "no_worker"), *findings]
+            return [Finding("error", "workers", message, "start one: worker run", "no_worker"), *findings]
         return [Finding("ok", "workers", "no worker runs" if findings else "no worker runs yet"), *findings]
     if not is_renewable:
         return findings

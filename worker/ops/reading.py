@@ -69,7 +69,7 @@ class Reading:
 def _without_present(record: WorkerRecord) -> WorkerRecord:
     """A record that could not be renewed, without what may have changed since."""
     counts = {queue: QueueCounts(failed=each.failed) for queue, each in record.by_queue.items()}
-    return msgspec.structs.replace(record, paused="", servers=(), by_queue=counts)
+    return msgspec.structs.replace(record, paused="", servers=(), models_away=(), by_queue=counts)
 
 
 async def read_installation(

@@ -109,7 +109,6 @@ class Surveyor:
             unfinished=sum(queue.unfinished for queue in reading.queues),
             connected=reading.connected,
             is_renewable=reading.is_renewable,
-            lack="error",
         )
         letters = DeadLetterState()
         with reading.noted_if_denied("dead letters"):
