@@ -1,6 +1,8 @@
-"""A soak of health: an installation under moderate load with deploys now and then, in which no fault may be named.
+"""A soak of health: an installation with deploys now and then, in which no fault may be named.
 
     .venv/bin/python tests/operation/healthy_soak.py --minutes 60
+
+The load is moderate. With `--idle` there is none, and one of the servers takes two seconds to answer a probe.
 
 Every five seconds it reads `worker status --json`, and prints each fault that was named. Exit status 1 if one was.
 """
@@ -23,14 +25,16 @@ from installation import read_status, start_installation, watching
 _EVERY = 5.0
 _DEPLOY_EVERY = 40.0
 _STREAMS = 6
+_PROBE_DELAY = 2.0
 
 
-async def soak(minutes: float) -> Counter[str]:
+async def soak(minutes: float, *, idle: bool) -> Counter[str]:
     """Run for some minutes. Returns how many pictures named each fault."""
     faults = Counter[str]()
-    async with start_installation(streams=_STREAMS) as it:
+    async with start_installation(streams=0 if idle else _STREAMS) as it:
+        it.vllm[1].simulator.probe_delay = _PROBE_DELAY if idle else 0.0
         async with watching(it.url) as watch:
-            await watch.healthy()
+            await watch.healthy(idle=idle)
         began = time.monotonic()
         deploys = asyncio.create_task(_deploy_now_and_then(it.replace_worker))
         pictures = 0
@@ -61,8 +65,9 @@ async def _deploy_now_and_then(replace: Callable[[int], Awaitable[None]]) -> Non
 
 @click.command(help=__doc__)
 @click.option("--minutes", type=float, default=60, show_default=True)
-def main(minutes: float) -> None:
-    sys.exit(1 if asyncio.run(soak(minutes)) else 0)
+@click.option("--idle", is_flag=True)
+def main(minutes: float, *, idle: bool) -> None:
+    sys.exit(1 if asyncio.run(soak(minutes, idle=idle)) else 0)
 
 
 if __name__ == "__main__":

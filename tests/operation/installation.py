@@ -52,10 +52,14 @@ class StoppableClock(ServerClock):
 
 
 class StoppableSimulator(Simulator):
-    """A server that a test may stop, as SIGSTOP does: it then accepts connections and answers nothing."""
+    """A server that a test may stop, as SIGSTOP does: it then accepts connections and answers nothing.
+
+    `probe_delay` is how many seconds it takes for its health and for its list of models.
+    """
 
     def __init__(self, options: Options, clock: ServerClock) -> None:
         super().__init__(options, clock=clock)
+        self.probe_delay = 0.0
         self._runs = asyncio.Event()
         self._runs.set()
 
@@ -67,6 +71,8 @@ class StoppableSimulator(Simulator):
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         await self._runs.wait()
+        if request.path in {"/health", "/v1/models"}:
+            await asyncio.sleep(self.probe_delay)
         await super()._handle(request, connection)
 
 
