@@ -119,12 +119,12 @@ async def test_a_paused_queue_that_is_forgotten(
         assert "worker resume default" in seen["QueuePausedLong"]
 
 
-async def test_a_server_that_ends(start_process: StartProcess, client: Client) -> None:
+async def test_an_idle_server_that_ends(start_process: StartProcess, client: Client) -> None:
     port = free_port()
     async with Simulator() as simulator:
         start_process(simulator, metrics=at(port))
-        await client.result(await client.enqueue(ask()))
-    async with prometheus({WORKER: [port]}) as server, kept_busy(client):
+        await eventually(client.is_served)
+    async with prometheus({WORKER: [port]}) as server:
         await until_fired(server, "ServerIsAway", "WorkerTakesNoJobs")
 
 

@@ -131,8 +131,9 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
     running = 3
     metrics.observe_worker(7, lambda: running)
     metrics.observe_server(
-        "http://a", up=lambda: True, requests=lambda: 2, limit=lambda: 4.5, silences=lambda: ([4, 6], [])
-    )
+        "http://a", up=lambda: True, requests=lambda: 2, limit=lambda: 4.5, silences=lambda: ([4, 6], []),
+        probe_silence=lambda: 7,
+    )  # fmt: skip
     metrics.emit(VllmRefused("http://a"))
     port = metrics.serve("127.0.0.1", 0)
     running = 4
@@ -150,6 +151,7 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
         'vllm_relay_streams_silent{endpoint="http://a",phase="first_token"} 1.0',
         'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="first_token"} 6.0',
         'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="answer"} 0.0',
+        'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="probe"} 7.0',
     ):
         assert line in page
 

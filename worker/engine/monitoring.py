@@ -48,6 +48,7 @@ class Monitoring:
             requests=lambda: server.in_flight,
             limit=lambda: server.limit.value,
             silences=server.silences,
+            probe_silence=server.probe_silence,
         )
 
     def start(self) -> None:

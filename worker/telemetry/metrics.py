@@ -217,16 +217,18 @@ class Metrics:
         requests: Callable[[], float],
         limit: Callable[[], float],
         silences: Silences,
+        probe_silence: Callable[[], float],
     ) -> None:
         """Add a vLLM server. The functions are called at each scrape.
 
         `up` returns 1 while the server gets requests, else 0. `requests` returns how many it has from this worker, and
-        `limit` how many it may have now.
+        `limit` how many it may have now. `probe_silence` returns for how long an idle server has answered no probe.
         """
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
         self._vllm_limit.labels(endpoint).set_function(limit)
         self._vllm_busy.labels(endpoint)
+        self._silence.labels(endpoint, "probe").set_function(probe_silence)
         for place, phase in enumerate(("first_token", "answer")):
 
             def silent(place: int = place) -> float:

@@ -199,16 +199,20 @@ class Server:
         """Whether the server has no requests, and has answered nothing for this many seconds."""
         return not self.in_flight and not self.requests and self._clock() - self._responded_at >= seconds
 
-    @property
-    def is_silent_to_probes(self) -> bool:
-        """Whether a probe has no answer for longer than the server usually takes, as that of a frozen server."""
+    def probe_silence(self) -> float:
+        """For how many seconds the server has answered nothing; 0 unless probes show that it may be frozen.
+
+        That takes longer than the server usually needs for a probe, and is not asked of a server that is away. Any
+        thread may call it.
+        """
+        silence = self._clock() - self._responded_at
         limit = SILENT_TO_PROBES_AFTER + 2 * max(self._probes_took, default=_FIRST_PROBE)
-        return self.awaits_response and self._clock() - self._responded_at > limit
+        return silence if self.awaits_response and not self.is_away and silence > limit else 0.0
 
     @property
     def is_silent(self) -> bool:
         """Whether the server has answered no probe, or sent no event of any request, for a while: it may be frozen."""
-        if self.is_silent_to_probes:
+        if self.probe_silence():
             return True
         before, after = self.silences()
         if not before and not after:
