@@ -154,7 +154,7 @@ async def test_entries_lost_in_a_failover_are_written_again_visibly(
     lost: str, guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, copy, watcher) = guarded
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=url, lease=10)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=30))), redis_url=url, lease=10)
     async with Client(url, patience=20) as client, command_client(url) as redis:
         await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(chat_request("Tell me a story"))})
         await eventually(lambda: redis.exists("chat:tokens:{r}"))

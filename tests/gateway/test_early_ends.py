@@ -138,7 +138,7 @@ async def test_a_job_that_kills_its_worker_is_buried(
 
 
 async def test_a_job_that_nobody_takes_before_its_deadline(readers: Readers, redis: Redis) -> None:
-    await readers.start(redis, relay={"timeout": 0.1})
+    await readers.start(redis, relay={"timeout": 3})  # long enough for every reader to be open
     await readers.have("deadline")
 
 
