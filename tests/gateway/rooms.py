@@ -1,7 +1,7 @@
 """Routes for tests of what surrounds the rooms of a gateway."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,7 +9,9 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from worker.gateway.answers import AnswerPace
 from worker.gateway.body import body_limit, read_json
+from worker.gateway.chat import ChatCompletions
 from worker.gateway.envelope import refuse_websocket
 from worker.gateway.problems import Problem
 from worker.gateway.responses import json_response
@@ -97,3 +99,13 @@ def plain_room(services: Services) -> Sequence[BaseRoute]:
         Route("/endless", endless),
         WebSocketRoute("/socket/{id}", socket),
     ]
+
+
+def whole_room(pace: AnswerPace) -> Callable[[Services], Sequence[BaseRoute]]:
+    """The route of chat completions, with other times for answers that are not streamed."""
+
+    def routes(services: Services) -> Sequence[BaseRoute]:
+        completions = ChatCompletions(services, pace=pace)
+        return [Route("/v1/chat/completions", completions.respond, methods=["POST"])]
+
+    return routes

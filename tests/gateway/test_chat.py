@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -14,13 +14,11 @@ from openai.types.chat import ChatCompletionChunk
 from openai_reading import without_nothing
 from raw_posts import RawPost
 from redis.asyncio import Redis
-from starlette.routing import BaseRoute, Route
+from rooms import whole_room
 from waits import eventually
 
 from worker import Client
 from worker.gateway.answers import AnswerPace
-from worker.gateway.chat import ChatCompletions
-from worker.gateway.services import Services
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -283,16 +281,6 @@ async def test_a_full_queue_is_a_429_that_leaves_nothing_behind(
     assert await redis.xlen("chat:jobs") == 1
     assert not [key async for key in redis.scan_iter("chat:gateway:running*")]
     await client.cancel(waiting)
-
-
-def whole_room(pace: AnswerPace) -> Callable[[Services], Sequence[BaseRoute]]:
-    """The route of chat completions, with other times for answers that are not streamed."""
-
-    def routes(services: Services) -> Sequence[BaseRoute]:
-        completions = ChatCompletions(services, pace=pace)
-        return [Route("/v1/chat/completions", completions.respond, methods=["POST"])]
-
-    return routes
 
 
 async def test_a_whole_answer_that_takes_long_begins_with_spaces(

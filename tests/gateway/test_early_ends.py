@@ -13,6 +13,7 @@ from conftest import StartProcess, StartWorker
 from gateway_fixtures import Served, StartGateway
 from raw_posts import RawPost
 from redis.asyncio import Redis
+from rooms import whole_room
 from serving import EventReader, entries_of
 from waits import eventually
 from websockets.asyncio.client import connect
@@ -20,6 +21,8 @@ from websockets.exceptions import ConnectionClosed
 
 from worker import Client, State
 from worker.contract.entries import JSON, Object
+from worker.gateway.answers import AnswerPace
+from worker.gateway.application import ROOMS
 from worker.sandbox.simulator.server import Simulator
 
 BODY: Object = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
@@ -112,8 +115,9 @@ class Readers:
 
 @pytest.fixture
 async def readers(start_gateway: StartGateway, client: Client) -> AsyncIterator[Readers]:
-    """Streams get their head at once, so that they are open before the job ends."""
-    readers = Readers(await start_gateway(grace=0), client)
+    """Streams get their head at once, so that they are open before the job ends. The whole answer waits for its end."""
+    gateway = await start_gateway(grace=0, rooms=(whole_room(AnswerPace(grace=600)), *ROOMS))
+    readers = Readers(gateway, client)
     yield readers
     readers.close()
 
