@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from waits import eventually
 from written_log import START, WrittenLog, user_without_channels
 
 from worker import Client
@@ -58,9 +57,12 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
             await follower.leave()
 
 
-async def test_after_a_cancellation_the_client_can_still_be_used(client: Client, redis: Redis) -> None:
+async def test_after_a_cancellation_the_client_can_still_be_used(client: Client) -> None:
+    enqueued = asyncio.Event()
+
     async def follow_and_cancel() -> str:
         request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
+        enqueued.set()
         try:
             await client.result(request_id)
         except asyncio.CancelledError:
@@ -69,9 +71,6 @@ async def test_after_a_cancellation_the_client_can_still_be_used(client: Client,
 
     follower = asyncio.ensure_future(follow_and_cancel())
 
-    async def waits() -> bool:
-        return bool(await redis.keys("chat:tokens:*"))
-
-    await eventually(waits)
+    await enqueued.wait()
     follower.cancel()
     assert await follower == "queued"

@@ -85,6 +85,25 @@ async def test_a_call_that_waits_while_the_client_is_closed_raises_unavailable(
     await gone(redis, before)
 
 
+async def read_lifecycle(client: Client) -> list[object]:
+    return [record async for record in client.lifecycle()]
+
+
+@pytest.mark.parametrize("call", [*CALLS.values(), read_lifecycle], ids=[*CALLS, "lifecycle"])
+async def test_a_client_that_is_closed_while_a_call_connects_leaves_no_connection(
+    call: Call, redis: Redis, redis_url: str
+) -> None:
+    before = await connections(redis)
+    for steps in range(1, 12):
+        client = Client(redis_url)
+        calling = asyncio.create_task(call(client))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await client.aclose()
+        await asyncio.gather(calling, return_exceptions=True)
+        await gone(redis, before)
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_client_belongs_to_one_event_loop(call: Call, redis_url: str) -> None:
     async def first() -> Client:

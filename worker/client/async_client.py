@@ -132,6 +132,9 @@ class Client:
             await self._redis.ping()
         except MAPPED as error:
             raise mapped(error) from error
+        finally:
+            if self._is_closed:  # PING may have connected while the client was closed
+                await self._close_commands()
 
     async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
         """Add a chat job; returns its request id, with which it can be followed.

@@ -164,13 +164,17 @@ class LogReader:
             Unavailable: when Redis does not answer, or the reader is closed.
         """
         size = PageSize()
-        while True:
-            for _, records in await self._retry(self._xread, self._keys.lifecycle, after, size):
-                if len(records) == size.entries:
-                    size.learn(len(records), sum([sum(map(len, chain(*fields.items()))) for _, fields in records]))
-                for record_id, fields in records:
-                    yield Lifecycle.read(record_id.decode(), fields)
-                after = EntryId.parse(records[-1][0])
+        try:
+            while True:
+                for _, records in await self._retry(self._xread, self._keys.lifecycle, after, size):
+                    if len(records) == size.entries:
+                        size.learn(len(records), sum([sum(map(len, chain(*fields.items()))) for _, fields in records]))
+                    for record_id, fields in records:
+                        yield Lifecycle.read(record_id.decode(), fields)
+                    after = EntryId.parse(records[-1][0])
+        finally:
+            if self.is_closed:  # the read may have connected while the reader was closed
+                await self._blocking.aclose()
 
     async def aclose(self) -> None:
         """Close the connections. Every current and later read raises `Unavailable`."""
