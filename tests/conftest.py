@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -38,6 +39,10 @@ settings.load_profile("suite")
 
 # Tests start some two hundred Python processes. Without compiled files, each would compile the package for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+_PATIENT = 60
+"""Seconds without an answer of Redis after which a test's own client gives up. redis-py 8.1 gives up after 5 s, which a
+busy machine takes, or a test that starts a thousand requests at once."""
 
 _MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers", b"chat:control", b"chat:queues")
 
@@ -158,19 +163,28 @@ def redis_binary(redis_server: EmbeddedRedis) -> Path:
 
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> Iterator[str]:
-    """An empty Redis. A test that leaves a key without an expiry fails, except for the few lasting keys."""
-    with BlockingRedis.from_url(redis_server.url, protocol=2) as redis:
+    """An empty Redis. A test fails that leaves a connection, or a key without an expiry that is not a lasting one."""
+    with BlockingRedis.from_url(
+        redis_server.url, protocol=2, socket_timeout=_PATIENT, socket_connect_timeout=_PATIENT
+    ) as redis:
         redis.flushall()
         yield redis_server.url
+        # Redis sees a moment later that a connection was closed. The next test may count connections and subscribers.
+        deadline = time.monotonic() + 30
+        while len(clients := redis.client_list()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.001)
         keys = [key for key in redis.scan_iter(count=10_000) if not key.startswith(_MAY_STAY)]
         lasting = [key for key in keys if redis.ttl(key) == -1]
         redis.flushall()
+    assert len(clients) == 1, f"connections left behind: {clients}"
     assert not lasting, f"keys without expiry: {lasting}"
 
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with Redis.from_url(redis_url, protocol=2) as client:
+    async with Redis.from_url(
+        redis_url, protocol=2, socket_timeout=_PATIENT, socket_connect_timeout=_PATIENT
+    ) as client:
         yield client
 
 
