@@ -262,6 +262,22 @@ async def test_a_hidden_repetition_that_is_read_together_with_the_loss_of_the_co
     connections[-1].close()
 
 
+async def test_a_new_request_is_added_in_the_step_that_looks_for_requests_that_it_repeats(
+    start_gateway: StartGateway, redis_proxy: Proxy, redis: Redis
+) -> None:
+    gateway = await start_gateway(redis_url=redis_proxy.redis_url)
+    looks_alone = [redis_proxy.hold(b"^ZREVRANGEBYSCORE") for _ in range(100)]
+    post = await RawPost.send(gateway.port, BODY)
+
+    async def is_added() -> bool:
+        return await jobs(redis) == 1
+
+    await eventually(is_added)
+    for look in looks_alone:
+        look.release()
+    post.close()
+
+
 async def test_a_request_is_not_delayed_by_an_identical_one_whose_connection_here_is_open(
     patient: Served, redis: Redis
 ) -> None:
@@ -450,31 +466,28 @@ async def test_a_thousand_identical_requests_at_once_are_a_thousand_jobs(
 
 
 async def test_an_answer_that_is_complete_before_its_stream_begins_is_followed_until_nobody_may_attach(
-    patient: Served, redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker, client: Client,
-    presence: Presence,
+    start_gateway: StartGateway, redis_proxy: Proxy, redis: Redis, start_simulator: StartSimulator,
+    start_worker: StartWorker, client: Client, presence: Presence,
 ) -> None:  # fmt: skip
     """The stream reads its log late, and Redis delays the note that a byte was sent."""
-    page_slots = patient.gateway.services.streams.tails.page_slots
-    taken = 0
-    while not page_slots.locked():
-        await page_slots.acquire()
-        taken += 1
-    first = await RawPost.send(patient.port, BODY)
+    gateway = await start_gateway(grace=30, redis_url=redis_proxy.redis_url)
+    reads = [redis_proxy.hold(b"^GET chat:ended") for _ in range(100)]  # also those after a time limit
+    first = await RawPost.send(gateway.port, BODY)
     await wait_noted(redis)
     await start_worker(await start_simulator())
     (noted,) = [key async for key in redis.scan_iter(NOTED)]
     (member,) = cast("list[bytes]", await redis.zrange(noted, 0, -1))
     await client.result(member.decode())
     async with paused_writes(redis):
-        for _ in range(taken):
-            page_slots.release()
+        for read in reads:
+            read.release()
         assert await first.read_head() == 200
         assert (await first.read_events())[-1] == "[DONE]"
         first.close()
         for _ in range(20):
             assert await redis.zcard(noted) == 1
             assert await presence.is_followed(member.decode())
-    second = await RawPost.send(patient.port, BODY)
+    second = await RawPost.send(gateway.port, BODY)
     assert await second.read_head() == 200
     assert second.request_id != first.request_id
     second.close()

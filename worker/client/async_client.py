@@ -13,13 +13,7 @@ from ..broker.client_seals import cancel, may_be_overdue
 from ..broker.log_pages import PageSize
 from ..broker.queue_depth import is_served, waiting_in
 from ..contract.answer import Answer
-from ..contract.entries import (
-    AnyEntry,
-    Entry,
-    Idle,
-    is_terminal,
-    parse_leniently,
-)
+from ..contract.entries import AnyEntry, Entry, Idle, is_terminal, parse_leniently
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..contract.records import Lifecycle, Tombstone
@@ -250,6 +244,10 @@ class Client:
         """
         self._check_usable()
         return self._following.expect(check_id(request_id))
+
+    def is_subscribed(self, request_id: str) -> bool:
+        """Return whether Redis has confirmed a subscription of this client to the feed of a request."""
+        return self._following.is_subscribed(check_id(request_id))
 
     def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
         self._check_usable()

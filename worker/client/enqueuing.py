@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from itertools import chain
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -29,12 +30,14 @@ _RETENTION = 3600
 # The group comes last: with full memory Redis refuses only the first command of a script that needs memory. Without the
 # group the job is complete as well, since workers create it, so an error of XGROUP is ignored. So is an error of SADD:
 # the set of queues is for operators. It is none of KEYS, where a user without a right to it could not add jobs at all.
-_ADD = Script("""
+_FIND = """
 local known, failed = try('XRANGE', KEYS[1], '-', '+', 'COUNT', 2)
 if failed then return known end
 local tombstone, failed = try('GET', KEYS[2])
 if failed then return tombstone end
 if #known > 0 or tombstone or call('EXISTS', KEYS[1]) == 1 then return {known, tombstone} end
+"""
+_WRITE = """
 local time, failed = try('TIME')
 if failed then return time end
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -58,6 +61,30 @@ reply, failed = try('PEXPIREAT', KEYS[1], text(deadline + ARGV[2]))
 if is_new then try('XGROUP', 'CREATE', KEYS[3], ARGV[6], '0') end
 if KEYS[3] then try('SADD', ARGV[7], ARGV[5]) end
 return failed and reply or deadline
+"""
+_ADD = Script(_FIND + _WRITE)
+
+# The same, unless the request has rivals, which then are the third element of the reply. KEYS: also the sets of
+# `NoRivals`. ARGV: first its other fields, in their order.
+_ADD_WITHOUT_RIVALS = Script(f"""
+local member, number, since, most, now, kept_1, kept_2 = unpack(ARGV, 1, 7)
+for _ = 1, 7 do table.remove(ARGV, 1) end
+{_FIND}
+local rivals = {{}}
+for _, rival in ipairs(call('ZREVRANGEBYSCORE', KEYS[number + 3], '+inf', since, 'LIMIT', 0, most)) do
+  if rival ~= member then table.insert(rivals, rival) end
+end
+local added = {{{{}}, false, rivals}}
+if #rivals == 0 then
+  added = (function() {_WRITE} end)()
+  if type(added) ~= 'string' then return added end
+end
+for key, kept in pairs({{[KEYS[4]] = kept_1, [KEYS[5]] = kept_2}}) do
+  try('ZREMRANGEBYSCORE', key, '-inf', now - kept * 1000)
+  try('ZADD', key, now, member)
+  try('EXPIRE', key, kept)
+end
+return added
 """)
 
 # The same for the job alone. KEYS: the job stream. ARGV: the group, and the job's fields.
@@ -67,6 +94,24 @@ local id = call('XADD', KEYS[1], '*', unpack(ARGV, 2))
 if is_new then try('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0') end
 return id
 """)
+
+
+class NoRivals(NamedTuple):
+    """The condition that one of two sorted sets has no recent member but the job's own.
+
+    The job joins both sets, added or not: `member` stands for it, with the score `now` (Unix ms). `number` is that of
+    the set, 1 or 2, whose members with a score from `since` on are rivals, of which at most `most` count. `kept_1` and
+    `kept_2` are the seconds that members stay in each set.
+    """
+
+    sets: tuple[str, str]
+    member: str
+    number: int
+    since: int
+    most: int
+    now: int
+    kept_1: int
+    kept_2: int
 
 
 class Enqueuer:
@@ -79,8 +124,11 @@ class Enqueuer:
         self._named: set[str] = set()
         """Queues that were added to the set of queues."""
 
-    async def add(self, job: Job, queue: str, within: float | None) -> None:
+    async def add(self, job: Job, queue: str, within: float | None, condition: NoRivals | None = None) -> list[str]:
         """Add a job, unless the same request was added before. `within` is seconds until its deadline.
+
+        Returns the rivals because of which the job was not added, the newest first; none if it was added. A cluster
+        cannot check the condition in the same step.
 
         Raises:
             Conflict: when the id belongs to another request.
@@ -100,12 +148,18 @@ class Enqueuer:
             self._keys.queues,
             *chain.from_iterable(job.to_fields().items()),
         ]
-        reply = await _ADD.run(self._commands, keys, arguments)
+        if condition is None:
+            reply = await _ADD.run(self._commands, keys, arguments)
+        else:
+            sets, *fields = condition
+            reply = await _ADD_WITHOUT_RIVALS.run(self._commands, [*keys, *sets], [*map(str, fields), *arguments])
         if isinstance(reply, list):
-            first_entries, tombstone = [*reply, None][:2]
+            first_entries, tombstone, rivals = [*reply, None, None][:3]
+            if rivals:
+                return [rival.decode() for rival in rivals]
             queued = _check_same(job, first_entries, tombstone)
             if not in_cluster or queued is None:
-                return
+                return []
             deadline = queued.deadline
         else:
             deadline = int(reply)
@@ -114,6 +168,7 @@ class Enqueuer:
                 job = msgspec.structs.replace(job, deadline=deadline or None)
             await self.add_to_queue(job, queue)
             await self._name_queue(queue)
+        return []
 
     async def add_to_queue(self, job: Job, queue: str) -> None:
         """Add the job in a separate step, since log and job stream are in different slots of a cluster.

@@ -1,11 +1,11 @@
 """`POST /v1/chat/completions`: a chat completion through the queue, for unchanged clients of OpenAI's API."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 from redis.exceptions import RedisError
 from starlette.requests import Request
@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 from ..client.async_client import State
 from ..client.errors import ClientError
-from ..client.new_job import JobOptions
+from ..client.new_job import JobOptions, new_job
 from ..contract.entries import Object
 from ..telemetry.stream_events import StreamEnd
 from .access import Requester
@@ -23,6 +23,7 @@ from .chat_stream import ChunkStream
 from .ids import id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
 from .leaving import Leaving
+from .limits import has_limits
 from .noted_calls import NotedCall
 from .outlets import DEFERRED, WIRE, Receive, Scope, Send, Wire
 from .problems import Problem
@@ -52,6 +53,18 @@ class ChatCall:
     fingerprint: str
 
 
+class FoundRequest(NamedTuple):
+    """The request that a response is about.
+
+    `release` ends the subscription to the feed by which others see that the request is followed. `is_new` is whether
+    its job was added just now.
+    """
+
+    request_id: str
+    release: Callable[[], None]
+    is_new: bool
+
+
 class ChatCompletions:
     """Answers chat completions."""
 
@@ -78,58 +91,69 @@ class ChatCompletions:
         body = await read_json(request, body_limit(self._services.settings, caller))
         options = take_job_options(body, request.headers, caller, self._services.settings)
         call = read_call(body, options, request.headers, caller)
-        request_id, release = await self._find_or_add(call, body, options, caller, request.scope.get(WIRE))
-        return ChatResponse(self, call, request_id, release)
+        found = await self._find_or_add(call, body, options, caller, request.scope.get(WIRE))
+        return ChatResponse(self, call, found)
 
     async def _find_or_add(
         self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester, wire: Wire | None
-    ) -> tuple[str, Callable[[], None]]:
-        """Return the id of the request that a call repeats, or of a new one, whose job is then added.
-
-        The function ends the subscription to the feed by which others see that the request is followed.
-        """
+    ) -> FoundRequest:
+        """Find the request that a call repeats, or add the job of a new one."""
         services = self._services
         request_id = id_of_key(call.owner, call.key) if call.key else new_id(call.owner)
-        is_known = False
+        with_id: JobOptions = {**options, "id": request_id}
         if call.key:
             is_known = (await services.client.status(request_id)).state is not State.UNKNOWN
             if call.skip and not is_known:
                 raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
-        else:
-            repeated = await self._repeats.attach(
-                call.fingerprint, request_id, wire,
-                is_retry=call.is_retry, count=partial(services.limits.count, caller),
-            )  # fmt: skip
-            if repeated is not None:
-                return repeated, self._repeats.expect(repeated, wire)
-        release = _do_nothing if is_known else self._repeats.expect(request_id, wire)
-        try:
-            with_id: JobOptions = {**options, "id": request_id}
-            adding = partial(services.client.enqueue, body, **with_id)
             if is_known:
                 await services.limits.count(caller)
-                return await adding(), release
-            return await services.limits.admit_to(caller, request_id, adding), release
+                await services.client.enqueue(body, **with_id)
+                return FoundRequest(request_id, _do_nothing, is_new=False)
+        async with self._expected(call, request_id, wire) as release:
+            if not call.key:
+                rivals = None
+                # With a limit, `attach` comes first: what the first request counts must not refuse its repetition.
+                if self._repeats.adds and not (has_limits(caller) or services.settings.queue_limit):
+                    new = new_job(body, **with_id)
+                    adding = partial(self._repeats.add, call.fingerprint, new, is_retry=call.is_retry)
+                    rivals = await services.limits.admit_to(caller, request_id, adding)
+                    if not rivals:
+                        return FoundRequest(request_id, release, is_new=True)
+                    await services.limits.ended(call.owner, request_id)
+                repeated = await self._repeats.attach(
+                    call.fingerprint, request_id, None,
+                    is_retry=call.is_retry, count=partial(services.limits.count, caller), found=rivals,
+                )  # fmt: skip
+                if repeated is not None:
+                    release()
+                    return FoundRequest(repeated, self._repeats.expect(repeated, wire), is_new=False)
+            await services.limits.admit_to(caller, request_id, partial(services.client.enqueue, body, **with_id))
+            return FoundRequest(request_id, release, is_new=True)
+
+    @asynccontextmanager
+    async def _expected(self, call: ChatCall, request_id: str, wire: Wire | None) -> AsyncIterator[Callable[[], None]]:
+        """Subscribe to the feed of a request that may be new; yields what ends this. An error leaves nothing of it."""
+        release = self._repeats.expect(request_id, wire)
+        try:
+            yield release
         except BaseException:
             release()
-            if not is_known:
-                with suppress(ClientError, RedisError, OSError):
-                    await services.limits.ended(call.owner, request_id)
-                    if call.fingerprint:
-                        await self._repeats.forget(call.fingerprint, request_id)
+            with suppress(ClientError, RedisError, OSError):
+                await self._services.limits.ended(call.owner, request_id)
+                if call.fingerprint:
+                    await self._repeats.forget(call.fingerprint, request_id)
             raise
 
-    async def run(
-        self, call: ChatCall, request_id: str, release: Callable[[], None], connection: tuple[Scope, Receive, Send]
-    ) -> None:
+    async def run(self, call: ChatCall, found: FoundRequest, connection: tuple[Scope, Receive, Send]) -> None:
         """Send the response to a call, up to its end, and then see to its request."""
+        request_id, release, is_new = found
         noted = NotedCall(self._repeats, self._services.limits, call.owner, call.fingerprint, request_id, release)
         response: ChunkStream | WholeAnswer
         end: StreamEnd = "shutdown"
         if call.streams:
             response = ChunkStream(
                 self._services.streams, request_id, call.protocol, noted, connection,
-                skip=call.skip, grace=self._services.settings.grace,
+                is_new=is_new, skip=call.skip, grace=self._services.settings.grace,
             )  # fmt: skip
         else:
             services = self._services
@@ -193,10 +217,8 @@ class ChatCompletions:
 class ChatResponse:
     """The response to one chat completion, as ASGI."""
 
-    def __init__(
-        self, completions: ChatCompletions, call: ChatCall, request_id: str, release: Callable[[], None]
-    ) -> None:
-        self._run = partial(completions.run, call, request_id, release)
+    def __init__(self, completions: ChatCompletions, call: ChatCall, found: FoundRequest) -> None:
+        self._run = partial(completions.run, call, found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         run = partial(self._run, (scope, receive, send))

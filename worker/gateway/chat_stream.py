@@ -23,20 +23,22 @@ class ChunkStream(LogStream):
     """The stream of one chat completion.
 
     Args:
+        is_new: whether the request was added for this stream, so that its log has just begun.
         skip: how many events the client has. If it has some, the head is sent at once.
         grace: seconds for which the head waits for the first event.
     """
 
-    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_scope", "_send", "_timer")
+    __slots__ = ("_grace", "_has_begun", "_headers", "_is_new", "_noted", "_refusal", "_scope", "_send", "_timer")
 
     def __init__(
         self, streams: OpenStreams, request_id: str, protocol: ChatChunks, noted: NotedCall,
-        connection: tuple[Scope, Receive, Send], *, skip: int, grace: float,
+        connection: tuple[Scope, Receive, Send], *, is_new: bool, skip: int, grace: float,
     ) -> None:  # fmt: skip
         scope, receive, send = connection
         raw_send = scope.get(RAW_SEND, send)
         super().__init__(streams, request_id, protocol, (scope, receive, raw_send), BEFORE_ALL, skip)
         self._headers = {"X-Request-Id": request_id}
+        self._is_new = is_new
         self._noted = noted
         self._grace = 0.0 if skip else grace
         self._scope: Scope | None = scope
@@ -68,8 +70,9 @@ class ChunkStream(LogStream):
             await self._noted.end(is_whole=True)
         return self.problem
 
-    async def catch_up(self, cursor: LogCursor) -> None:
-        await super().catch_up(cursor)
+    async def catch_up(self, cursor: LogCursor, *, is_new: bool = False) -> None:
+        is_new, self._is_new = is_new or self._is_new, False
+        await super().catch_up(cursor, is_new=is_new)
         if not (cursor.is_over or cursor.is_behind):
             self._noted.on_joined()
 

@@ -71,6 +71,12 @@ _REFUSALS = {
 }
 
 
+def has_limits(caller: Requester) -> bool:
+    """Whether a limit may refuse a request of a caller."""
+    key = caller.key
+    return key is not None and (key.in_flight, key.queued, key.requests_per_minute) != (None, None, None)
+
+
 class Limits:
     """Counts the requests of all callers.
 
@@ -105,17 +111,15 @@ class Limits:
     async def admit_to(self, caller: Requester, request_id: str, add: Callable[[], Awaitable[_T]]) -> _T:
         """Count a new request, and add it by `add` unless a limit refuses it; returns what `add` returns.
 
-        Without a limit the count refuses nothing, so it comes second, when a worker may have the job already.
+        Without a limit the count refuses nothing, so both are sent at once.
 
         Raises:
             Problem: when a limit of the caller's key is reached (429).
         """
-        key = caller.key
-        if key is not None and (key.in_flight, key.queued, key.requests_per_minute) != (None, None, None):
+        if has_limits(caller):
             await self.admit(caller, request_id)
             return await add()
-        added = await add()
-        await self.admit(caller, request_id)
+        added, _ = await asyncio.gather(add(), self.admit(caller, request_id))
         return added
 
     async def count(self, caller: Requester) -> None:

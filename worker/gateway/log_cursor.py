@@ -92,8 +92,10 @@ class LogCursor:
         """When the tail last wrote a frame, by the event loop's clock."""
         return self._tail.last_frame_at if self._tail is not None else 0.0
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, *, is_new: bool = False) -> None:
         """Write what the log has, and join the tail, which writes the rest.
+
+        `is_new` is whether the log has just begun. The tail then reads it from its start.
 
         Raises the errors of `Client.follow`; and `InvalidArgument` when the stream has less events than are to skip.
         """
@@ -104,6 +106,9 @@ class LogCursor:
             tail = self._tails.find(self._request_id, self._protocol)
             if tail is not None and tail.admits(read) and read >= self.position and not (self._skip or pieces):
                 self._join(tail, read)
+                return
+            if is_new and tail is None:
+                self._join(self._tails.start(self._request_id, self._protocol, encoder, read), read)
                 return
             refusing, before = None if self._skip or pieces else tail, read
             read, is_at_end = await self._write_backlog(encoder, read, pieces)

@@ -14,7 +14,7 @@ from .repeats import Repeats
 _FAILURES = (RedisError, OSError, ClientError)
 """What is suppressed: a repetition then costs a second job, and the limits look for ended requests by themselves."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
-"""Seconds between two looks whether the feed has a subscriber."""
+"""Seconds between two looks whether Redis has confirmed the subscription to the feed."""
 _LOOKS = 60
 """How many looks there are. After these, Redis refuses the subscription, and the log is polled."""
 
@@ -125,7 +125,7 @@ class NotedCall:
             for _ in range(_LOOKS):
                 if self._is_over:
                     return
-                if await self._repeats.presence.is_followed(self._request_id):
+                if self._repeats.is_subscribed(self._request_id):
                     await self._note()
                     return
                 await asyncio.sleep(pause)

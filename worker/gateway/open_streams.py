@@ -86,11 +86,11 @@ class ClientStream(ABC):
         self.outlet.write(message)
         await self.wait_writable()
 
-    async def catch_up(self, cursor: LogCursor) -> None:
+    async def catch_up(self, cursor: LogCursor, *, is_new: bool = False) -> None:
         """Let a cursor catch up with its log. Raises the errors of `Client.follow`."""
         time = asyncio.get_running_loop().time
         began, self._catch_ups = time(), self._catch_ups + 1
-        await cursor.catch_up()
+        await cursor.catch_up(is_new=is_new)
         self._streams.telemetry.emit(
             CaughtUp(self.protocol.name, "slow" if self._catch_ups > 1 else "opened", time() - began)
         )

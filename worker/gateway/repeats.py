@@ -25,13 +25,15 @@ the first one. So a call that finds requests and may attach to none looks again.
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from starlette.requests import ClientDisconnect
 
 from ..client.async_client import Client, State
+from ..client.enqueuing import Enqueuer, NoRivals
 from ..client.errors import ClientError, MappedRetry
+from ..client.new_job import NewJob
 from ..contract.canonical import canonical_json
 from ..contract.keys import Keys
 from ..redisio.batching import CommandBatcher
@@ -106,6 +108,9 @@ class Repeats:
         self, commands: CommandBatcher, keys: Keys, client: Client, neighbours: Neighbours, patience: float
     ) -> None:
         self._commands = commands
+        self.adds = not isinstance(commands.redis, ClusterClient)
+        """Whether `add` can be used."""
+        self._enqueuer = Enqueuer(commands.redis, commands, keys)
         self._keys = keys
         self._client = client
         self._neighbours = neighbours
@@ -115,7 +120,7 @@ class Repeats:
 
     async def attach(
         self, fingerprint: str, new_id: str, wire: Wire | None, *, is_retry: bool,
-        count: Callable[[], Awaitable[object]],
+        count: Callable[[], Awaitable[object]], found: Sequence[str] | None = None,
     ) -> str | None:  # fmt: skip
         """Find the request that this one repeats, and claim it; returns its id, or None for a new request.
 
@@ -124,9 +129,10 @@ class Repeats:
         Args:
             fingerprint: see `fingerprint`.
             new_id: the id of the request if it is new. It is marked as one that soon has a follower.
-            wire: the connection of the client, if the server offers it.
+            wire: the connection of the client, if the server offers it and `expect` was not called for `new_id`.
             is_retry: whether an SDK states that this is a retry.
             count: counts a repetition, or raises. The next repetition may then attach.
+            found: the result of `add`, if the request has its mark already.
 
         Raises:
             ClientError: when Redis does not answer.
@@ -135,7 +141,9 @@ class Repeats:
         if wire is not None:
             self._wires[new_id] = wire
         try:
-            claimed = await self._find(fingerprint, new_id, is_retry=is_retry)
+            if found is None:
+                found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
+            claimed = await self._find(fingerprint, new_id, found, is_retry=is_retry)
             if claimed is not None:
                 await self._retry(self.forget, fingerprint, new_id)
                 try:
@@ -144,7 +152,8 @@ class Repeats:
                     await self._retry(self.note, fingerprint, claimed, is_answered=is_retry)
                     raise
         finally:
-            self._wires.pop(new_id, None)
+            if wire is not None:
+                del self._wires[new_id]
         return claimed
 
     def expect(self, request_id: str, wire: Wire | None) -> Callable[[], None]:
@@ -166,6 +175,10 @@ class Repeats:
                 asyncio.get_running_loop().call_later(_LOST_FOR, forget_wire)
 
         return end
+
+    def is_subscribed(self, request_id: str) -> bool:
+        """Whether Redis has confirmed the subscription of this process, so that others see the request followed."""
+        return self._client.is_subscribed(request_id)
 
     async def note(self, fingerprint: str, request_id: str, *, is_answered: bool) -> None:
         """Make a request known to those that repeat it. It has a follower, or will have none."""
@@ -193,9 +206,25 @@ class Repeats:
         )
         return bool(was_known)
 
-    async def _find(self, fingerprint: str, new_id: str, *, is_retry: bool) -> str | None:
+    async def add(self, fingerprint: str, new: NewJob, *, is_retry: bool) -> list[str]:
+        """Add the job of a request unless it may repeat another one, in the step that looks for these, and mark it.
+
+        Returns the requests for `attach`; none if the job was added. Call `expect` before, and not in a cluster, whose
+        slots this step would cross.
+
+        Raises:
+            Conflict: when the id belongs to another request.
+            ClientError: when Redis does not answer.
+        """
+        now, window = int(time.time() * 1000), _YOUNG if is_retry else _UNANSWERED
+        condition = NoRivals(
+            self._sets(fingerprint), _PENDING + new.job.id, 1 if is_retry else 2,
+            since=now - window * 1000, most=_CANDIDATES, now=now, kept_1=_YOUNG, kept_2=_UNANSWERED,
+        )  # fmt: skip
+        return await self._retry(self._enqueuer.add, *new, condition)
+
+    async def _find(self, fingerprint: str, new_id: str, found: Sequence[str], *, is_retry: bool) -> str | None:
         """Claim a request that this one repeats; returns its id. Looks again while the client of one may be lost."""
-        found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
         ids, looks, pause = {member.removeprefix(_PENDING) for member in found}, 1, _FIRST_PAUSE
         elsewhere = dict[str, bool]()
         while found:

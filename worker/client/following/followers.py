@@ -73,6 +73,11 @@ class Followers:
         request.subscribe()
         return Expectation(request, follower)
 
+    def is_subscribed(self, request_id: str) -> bool:
+        """Whether Redis has confirmed the subscription to the feed of a request, and its connection is not lost."""
+        request = self.requests.get(request_id)
+        return request is not None and request.feed not in (FeedState.ABSENT, FeedState.PENDING)
+
     def reread_until_noticed(self, request: "RequestFollowers") -> None:
         """Let the followers of a request read the log repeatedly until publishers have noticed its subscription."""
         if not self._unnoticed:
