@@ -3,13 +3,16 @@
 import json
 import math
 
+import pytest
 from processes import Process, delta, process
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from waits import eventually
 
 from worker.broker.flush_pace import FlushPace
-from worker.broker.log_writer import LogWriter
+from worker.broker.log_writer import LogFenced, LogWriter
+from worker.contract.ids import EntryId
 
 
 async def own_log(one: Process, redis: Redis) -> LogWriter:
@@ -47,6 +50,40 @@ async def test_a_listener_receives_every_entry_and_also_the_last_before_a_silenc
                 await log.wait_drained()
             if n % 15 == 0:
                 assert (await received(feed, f"1-{n}"))[-15:] == [f"1-{m}" for m in range(n - 14, n + 1)]
+
+
+async def test_a_listener_receives_the_start_and_the_first_entries_before_their_writer_gets_a_reply(
+    redis_proxy: Proxy, redis: Redis
+) -> None:
+    async with process(redis_proxy.redis_url, "one", pace=FlushPace(feed_delay=3600)) as one, redis.pubsub() as feed:
+        await feed.subscribe("chat:feed:{r}")
+        assert (await feed.get_message(timeout=60) or {})["type"] == "subscribe"
+        log = await own_log(one, redis)
+        assert await received(feed, "1-0") == ["1-0"]
+        reply = redis_proxy.hold_reply(b"^EXEC")
+        log.extend([delta("1"), delta("2")])
+        log.append(delta("3"))
+        assert await received(feed, "1-3") == ["1-1", "1-2", "1-3"]
+        assert log.accepted == EntryId(1, 0)
+        reply.release()
+        await log.wait_drained()
+        log.append(delta("4"))
+        await log.wait_drained()
+        log.append(delta("5"))
+        assert await received(feed, "1-4") == ["1-4"]
+
+
+async def test_first_entries_that_redis_refuses_are_not_published(one: Process, redis: Redis) -> None:
+    log = await own_log(one, redis)
+    async with redis.pubsub() as feed:
+        await feed.subscribe(log.feed)
+        assert (await feed.get_message(timeout=60) or {})["type"] == "subscribe"
+        await redis.xadd(log.key, {"type": "claimed"}, id="2-0")
+        log.append(delta("1"))
+        with pytest.raises(LogFenced):
+            await log.wait_drained()
+        await redis.publish(log.feed, json.dumps([["2-0", {"type": "claimed"}]]))
+        assert await received(feed, "2-0") == ["2-0"]
 
 
 async def test_only_the_first_entries_are_published_without_another_flush(redis_url: str, redis: Redis) -> None:

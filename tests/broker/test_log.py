@@ -121,6 +121,9 @@ async def test_a_refused_entry_has_only_its_own_log_verified(one: Process, deliv
         one.publisher.attach(acquired.log)
         logs.append(acquired.log)
     cancelled, *others = logs
+    for log in logs:
+        log.extend([delta("first"), delta("entries")])
+        await log.wait_drained()
     await redis.xadd(cancelled.key, {"type": "cancelled"}, id=str(SEAL))
     await redis.config_resetstat()
     for log in logs:

@@ -50,17 +50,19 @@ LOOK = Script(LOG_FUNCTIONS + "return look()")
 """Returns the state of a log."""
 
 BEGIN = Script(f"""{LOG_FUNCTIONS}
-local count = tonumber(ARGV[2])
-if call('GET', KEYS[2]) or not add('1-0', unpack(ARGV, 3, 2 + count)) then return look() end
+local count = tonumber(ARGV[5])
+if call('GET', KEYS[2]) or not add('1-0', unpack(ARGV, 6, 5 + count)) then return look() end
 call('PEXPIREAT', KEYS[1], ARGV[1])
-local refused = not ARGV[3 + count] or select(2, try('XADD', unpack(ARGV, 3 + count)))
+try(ARGV[2], ARGV[3], ARGV[4])
+local refused = not ARGV[6 + count] or select(2, try('XADD', unpack(ARGV, 6 + count)))
 return {{1, refused and 0 or 1, call('XRANGE', KEYS[1], '-', '(1-0', 'COUNT', 2)}}
 """)
 """Writes `1-0` into a log that has, and had, no attempt, unless the request has a tombstone.
 
-ARGV: when the log expires (Unix ms), the number of words of `1-0`, these words, and perhaps the words of the XADD to
-the lifecycle. If the lifecycle refuses its record, the log is begun all the same. With the lifecycle in KEYS, Redis
-would refuse the whole call to a user who has no right to that key.
+ARGV: when the log expires (Unix ms); the command that publishes to the feed, its channel and the message; the number of
+words of `1-0`, and these; perhaps the words of the XADD to the lifecycle. If the feed or the lifecycle refuses its
+part, the log is begun all the same. With the lifecycle in KEYS, Redis would refuse the whole call to a user who has no
+right to that key.
 
 Returns 1, whether the lifecycle has the record, and the first two of the entries before `1-0`.
 """

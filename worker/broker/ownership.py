@@ -32,6 +32,7 @@ from .acquisition import (
     was_written_by,
 )
 from .cluster_publisher import AnyPublisher
+from .feed import encode
 from .job_queue import Delivery, JobQueue
 from .log_pages import RawEntry, read_raw_entries
 from .log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED, LogState, is_id_taken, raw_entry
@@ -265,11 +266,12 @@ class LogOwnership:
         key = self._keys.tokens(request_id)
         record = () if self._is_cluster else started_record
         with _raises_log_refused():
-            words = str(expires), str(2 * len(fields)), *chain(*fields.items()), *record
+            message = encode([(str(started.id), fields)]).decode()
+            publish = "SPUBLISH" if self._publisher.has_shards else "PUBLISH", self._keys.feed(request_id), message
+            words = str(expires), *publish, str(2 * len(fields)), *chain(*fields.items()), *record
             has_begun, *reply = await BEGIN.run(self._batcher, self._log_keys(request_id), words)
         if not has_begun:
             return LogState.read(*reply)
-        self._publish(request_id, started)
         is_recorded, before = reply
         # `queued` alone comes before, unless another client wrote the log.
         history = [raw_entry(entry) for entry in before] if len(before) < 2 else await self._read(key)

@@ -248,7 +248,7 @@ class Publisher:
                 batches = batches[: len(commands)]
                 break
         self._queue = self._queue[len(batches) :]
-        feed, feed_commands = self.feed.drain(self._publish_command)
+        feed, feed_commands = self.feed.drain(self._publish_command, batches)
         commands += feed_commands
         now = time.monotonic()
         is_busy = entries > self._pace.busy_rate * (now - self._stalls.sent)
@@ -288,8 +288,7 @@ class Publisher:
             else:
                 self._stalls.end(self._logs)
                 self._backoff.reset()  # not after a verification: without memory, Redis refuses writes but not reads
-        must_run = self._error or self._must_verify_all or self._to_verify or self._is_stopping
-        if self._queue or self.feed.is_urgent or must_run:
+        if self._queue or self._error or self._must_verify_all or self._to_verify or self._is_stopping:
             self._schedule()
         else:
             self._phase = _Phase.IDLE
@@ -306,8 +305,9 @@ class Publisher:
         now = time.monotonic()
         entry_replies = replies[: len(replies) - len(feed)]
         # Note the listeners first: a follower that listened when this was written needs these entries from the feed.
-        if self.has_shards or not self._in_cluster:  # else each node counts only its own listeners
-            self.feed.note_listeners(feed, replies[len(entry_replies) :], now)
+        self.feed.on_replies(
+            feed, replies[len(entry_replies) :], now, are_counts=self.has_shards or not self._in_cluster
+        )
         refused = {} if {*map(type, entry_replies)} <= {bytes} else refused_logs(batches, entry_replies)
         unpublished: dict[LogWriter, AppendBatch] = {}
         accepted = 0
@@ -315,10 +315,10 @@ class Publisher:
             log = batch[0]
             if log not in refused and log.accept(batch):
                 accepted += len(batch[2])
-                if not log.feed_idle_until:
-                    self.feed.publish_accepted(log, batch[1], batch[2])
-                elif now >= log.feed_idle_until:
+                if now >= log.feed_idle_until > 0.0:
                     unpublished[log] = batch
+                elif not log.feed_idle_until and log not in self.feed.published:
+                    self.feed.publish_accepted(log, batch[1], batch[2])
         for log, first, entries, _ in unpublished.values():
             # The last entry is enough: a follower that has subscribed since then reads the log up to this entry.
             self.feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
