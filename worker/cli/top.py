@@ -51,7 +51,7 @@ def top(as_json: bool, **options: object) -> None:
                 click.echo(note, err=True)
         return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise click.UsageError("worker top needs a terminal: use --json for a file or a pipe")
+        raise click.UsageError("worker top needs a terminal: use worker status or --json for a file or a pipe")
 
     async def show() -> bool:
         async with installation() as opened:
