@@ -15,7 +15,8 @@ import psutil
 import worker
 
 _SOURCE = str(Path(worker.__file__).parents[1])
-_TOO_LONG = 60.0
+_TOO_LONG = 150.0
+"""Seconds. Only a process that hangs takes so long: on a busy machine a command took a minute to start."""
 
 
 @dataclass(frozen=True)
