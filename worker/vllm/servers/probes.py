@@ -17,7 +17,7 @@ from .server import Server
 
 _T = TypeVar("_T")
 
-_LIST_SHARE = 20
+_LIST_SHARE = 3
 """The time between two lists of an idle server is at least this many times the duration of the last one."""
 
 
