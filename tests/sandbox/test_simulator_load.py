@@ -125,7 +125,7 @@ async def test_a_full_server_refuses(
 async def test_a_draining_server_ends_its_streams_and_refuses_others_before_it_goes(
     start_simulator: StartSimulator,
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=10)))
 
     async with asked(simulator, 2) as tasks, httpx.AsyncClient(base_url=simulator.url) as client:
         await eventually(lambda: left(simulator, 2))
