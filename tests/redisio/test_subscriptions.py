@@ -36,7 +36,7 @@ class Recorder:
 @pytest.fixture
 async def subscriptions(redis_proxy: Proxy) -> AsyncIterator[Subscriptions]:
     async with command_client(redis_proxy.redis_url, connections=1) as redis:
-        subscriptions = Subscriptions(redis, silence=0.1)
+        subscriptions = Subscriptions(redis, silence=0.5)
         yield subscriptions
         await subscriptions.aclose()
 
