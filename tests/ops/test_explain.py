@@ -112,9 +112,9 @@ async def test_a_request_that_went_on_elsewhere_has_its_attempts(
     await client.result(request_id)
 
     async def has_ended() -> bool:
-        return bool((await story_of(redis, request_id)).ended)
+        return bool((await story_of(redis, request_id)).server)
 
-    await eventually(has_ended)  # the tombstone's time, and the attempts
+    await eventually(has_ended)  # the log, the tombstone and the lifecycle, which may come last
     story = await story_of(redis, request_id)
     assert (story.state, story.outcome, story.finish_reason) == ("ended", "done", "stop")
     first, second = story.attempts
@@ -125,9 +125,16 @@ async def test_a_request_that_went_on_elsewhere_has_its_attempts(
     assert story.started >= story.queued
     assert story.log_for
     assert story.tombstone_for
+    assert story.server == whole.url
+    assert cast("int", story.timings["interrupted_ms"]) > 0
     await redis.delete(Keys().tokens(request_id))
     expired = await story_of(redis, request_id)
-    assert (expired.state, expired.outcome, expired.attempts) == ("expired", "done", ())
+    assert (expired.state, expired.outcome, expired.queue, expired.job) == ("expired", "done", "default", story.job)
+    assert (expired.usage, expired.timings, expired.server) == (story.usage, story.timings, whole.url)
+    (attempt,) = expired.attempts
+    assert (attempt.number, attempt.worker, attempt.model) == (second.number, second.worker, "reciter")
+    await redis.delete(Keys().lifecycle)
+    assert (await story_of(redis, request_id)).attempts == ()
 
 
 async def test_a_running_request_and_one_that_was_buried(

@@ -71,6 +71,8 @@ def _beginning(story: "Story") -> Iterator[tuple[str, str]]:
 def _end(story: "Story") -> Iterator[tuple[str, str]]:
     if story.ended:
         yield "ended", instant(story.ended) + (f", {story.finish_reason}" if story.finish_reason else "")
+    if story.server:
+        yield "server", story.server
     for name, values in (("usage", story.usage), ("timings", story.timings)):
         if values:
             yield name, _pairs(msgspec.to_builtins(values))
@@ -84,7 +86,8 @@ def _end(story: "Story") -> Iterator[tuple[str, str]]:
 
 
 def _attempt(attempt: "Attempt") -> str:
-    parts = [instant(attempt.began), f"by {attempt.worker}" if attempt.worker else "by an unknown worker"]
+    parts = [instant(attempt.began)] if attempt.began else []
+    parts.append(f"by {attempt.worker}" if attempt.worker else "by an unknown worker")
     if attempt.reason:
         parts.append(f"because of {attempt.reason}")
     if attempt.kept:
@@ -93,7 +96,9 @@ def _attempt(attempt: "Attempt") -> str:
         parts.append("restarted: the former text is void")
     if attempt.model:
         parts.append(f"model {attempt.model}")
-    return ", ".join([*parts, f"deltas: {attempt.deltas}"])
+    if attempt.began:
+        parts.append(f"deltas: {attempt.deltas}")
+    return ", ".join(parts)
 
 
 def _pairs(values: Object) -> str:

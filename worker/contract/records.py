@@ -28,8 +28,9 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of the lifecycle stream: a request has `started` or `finished`.
 
     An entry may come more than once: deduplicate by `type`, `id` and `attempt`. `time` is Unix ms, `timings` are in
-    milliseconds. `worker` is the name of the worker that started or ended the request. `line` is the entry's own id; it
-    is empty in an entry that was not read from Redis.
+    milliseconds. `worker` is the name of the worker that started or ended the request, `server` the address of the vLLM
+    server that last streamed to it, without a password. `line` is the entry's own id; it is empty in an entry that was
+    not read from Redis.
     """
 
     line: str = ""
@@ -40,6 +41,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     time: int
     worker: str = ""
+    server: str = ""
     outcome: str = ""
     model: str = ""
     tenant: str = ""
@@ -56,7 +58,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     def read(cls, line: str, raw: Mapping[bytes, bytes]) -> Self:
         """Read an entry as stored in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
-        named = ("type", "id", "job", "queue", "worker", "outcome", "model", "tenant", "retry_of")
+        named = ("type", "id", "job", "queue", "worker", "server", "outcome", "model", "tenant", "retry_of")
         return cls(
             line=line,
             attempt=_count(texts.get("attempt", "")),

@@ -62,11 +62,12 @@ class AnswerTimes:
         began: when the job started in this process.
         first_delta: when the answer's first delta came here; None before that, and again once the answer has restarted.
         awaits_delta: whether the present stream has not had a delta yet.
+        interrupted: for how many seconds interruptions that ended here have kept readers waiting.
     """
 
     __slots__ = (
         "_cause", "_emit", "_entries", "_has_first_delta", "_last_delta", "_started", "_stream_began", "awaits_delta",
-        "began", "first_delta",
+        "began", "first_delta", "interrupted",
     )  # fmt: skip
 
     def __init__(self, telemetry: Telemetry, began: float, former: FormerTimes, *, now_ms: int) -> None:
@@ -77,6 +78,7 @@ class AnswerTimes:
         """When the job was first started, by any worker."""
         self.first_delta: float | None = None
         self.awaits_delta = False
+        self.interrupted = 0.0
         self._has_first_delta = former.has_begun
         """Whether the job has had a first delta, in this process or another."""
         self._last_delta: float | None = None
@@ -103,7 +105,9 @@ class AnswerTimes:
             self._has_first_delta = True
             self._emit(FirstDelta(now - self._started))
         if self._last_delta is not None:
-            self._emit(ReaderGap(self._cause, max(0.0, now - self._last_delta)))
+            gap = max(0.0, now - self._last_delta)
+            self.interrupted += gap
+            self._emit(ReaderGap(self._cause, gap))
             self._last_delta = None
         self._cause = "vllm"
 

@@ -305,7 +305,8 @@ class Generation:
     async def _read_stream(self, server: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token only `_on_events` runs: no await and no task."""
         self._server, self._parser, self._context = server, parser, copy_context()
-        self._emit(RequestSent(redacted_url(server.url)))
+        self._job.server = redacted_url(server.url)
+        self._emit(RequestSent(self._job.server))
         async with self._servers.stream(server, body, route, caller=self._caller) as stream:
             stream.has_output = lambda: parser.has_output
             self._times.awaits_delta = True
@@ -372,4 +373,6 @@ class Generation:
         timings: Object = {"waited_ms": self._waited_ms, "total_ms": round((time.monotonic() - began) * 1000)}
         if first_delta is not None:
             timings["first_delta_ms"] = round((first_delta - began) * 1000)
+        if self._times.interrupted:
+            timings["interrupted_ms"] = round(self._times.interrupted * 1000)
         return timings

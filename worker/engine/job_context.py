@@ -102,7 +102,8 @@ class JobContext:
     `id` is the request's id; empty if the job has no valid id. `parsed` is the job, an `InvalidJob` if it does not
     validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `demand` counts against the
     room at the servers until the job has reserved a server. `traceparent` is the trace context of the job's requests to
-    vLLM, empty for none. `may_park` is whether the job may go back to its queue to
+    vLLM, empty for none. `server` is the address of the vLLM server that last streamed to the job here, without a
+    password, empty before that. `may_park` is whether the job may go back to its queue to
     wait for a server. `retry` retries until Redis answers or the job must stop.
     """
 
@@ -125,7 +126,7 @@ class JobContext:
         self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
         self._now = services.now
         self.began = self._now()
-        self.id = self._digest = self.traceparent = ""
+        self.id = self._digest = self.traceparent = self.server = ""
         self.parsed: Job | InvalidJob = UNREAD
         deadline = retention = None
         try:

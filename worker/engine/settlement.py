@@ -187,6 +187,7 @@ class Settlement:
             attempt=answer.attempt,
             time=self._services.now(),
             worker=self._ownership.worker,
+            server=job.server,
             tenant=job.parsed.tenant if isinstance(job.parsed, Job) else "",
             retry_of=job.parsed.retry_of if isinstance(job.parsed, Job) else "",
             outcome=answer.outcome,

@@ -1,4 +1,4 @@
-"""The story of one request, from its log, its tombstone, its queue and its dead letter, without any content."""
+"""The story of one request, from its log, tombstone, lifecycle, queue and dead letter, without any content."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -30,7 +30,7 @@ from ..contract.entries import (
 )
 from ..contract.ids import SEAL
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys
-from ..contract.records import Tombstone
+from ..contract.records import Lifecycle, Tombstone
 from ..engine.outline import BETWEEN_MODELS
 from ..redisio.errors import is_permission_denied
 from ..redisio.scripts import Script
@@ -45,31 +45,35 @@ _SEARCHED_FOR = 2000
 _LETTER_BEFORE_END = 60_000
 """Milliseconds that a dead letter may be older than its request's end: the seal comes before the letter."""
 
+_RECORD_BEFORE_END = 1000
+"""Milliseconds that the lifecycle's record may be older than the request's end: their clocks are not quite the same."""
+
 _SEARCH_STEP = 100
 _MOST_SEARCHED = 10_000
-"""The most jobs of a queue that are searched for a request without a log, and how many a step reads."""
+"""The most jobs of a queue, or records of the lifecycle, that are searched for a request, and how many a step reads."""
 
-_FIND_JOB = Script("""
+_FIND = Script("""
 local last = ''
-for _, job in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', ARGV[4])) do
-  last = job[1]
-  for field = 1, #job[2], 2 do
-    if job[2][field] == 'id' and job[2][field + 1] == ARGV[1] then return {last, last} end
+for _, entry in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', ARGV[4])) do
+  last = entry[1]
+  for field = 1, #entry[2], 2 do
+    if entry[2][field] == 'id' and entry[2][field + 1] == ARGV[1] then return {last, last} end
   end
 end
 return {'', last}
 """)
-"""The id of a request's job among some jobs, or an empty text, and that of the last job read. It returns no prompt.
+"""The id of a request's first entry among some of a stream, or an empty text, and that of the last one read.
 
-ARGV: the request, the first and the last id, the number of jobs."""
+It returns no prompt. ARGV: the request, the first and the last id, the number of entries."""
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt at a request: who made it, why, and what it wrote.
 
-    `began` is Unix ms. `delivery` is how often the job had been delivered by then; 0 if that is not known. `reason` is
-    empty for the first attempt. `kept` is the id up to which a resumed attempt kept the former text; `restarted` is
-    whether it made the former text void. `model` is that of vLLM's answer, empty before that.
+    `began` is Unix ms, 0 if only the lifecycle has the attempt. `delivery` is how often the job had been delivered by
+    then; 0 if that is not known. `reason` is empty for the first attempt. `kept` is the id up to which a resumed
+    attempt kept the former text; `restarted` is whether it made the former text void. `model` is that of vLLM's answer,
+    empty before that.
     """
 
     number: int
@@ -87,7 +91,8 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a request. Times are Unix ms, 0 if they are not known; what ends with `_for` is seconds.
 
     `waits` is what a waiting request waits for, `before` how many jobs are about before it (None if that is not known).
-    `outcome`, `code`, `finish_reason`, `usage` and `timings` are those of its end. `buried` is the reason of its dead
+    `outcome`, `code`, `finish_reason`, `usage` and `timings` are those of its end, `server` is the address of the vLLM
+    server that last streamed to it, and is known once it has ended. `buried` is the reason of its dead
     letter, and `letter` the letter's id.
     """
 
@@ -105,6 +110,7 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str = ""
     code: str = ""
     finish_reason: str = ""
+    server: str = ""
     usage: Usage = msgspec.field(default_factory=Usage)
     timings: Object = msgspec.field(default_factory=dict)
     buried: str = ""
@@ -138,7 +144,9 @@ async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
         ended=tombstone.time if tombstone else 0,
     )
     if story.state == "unknown" and tombstone is not None:
-        return msgspec.structs.replace(story, state="expired", outcome=tombstone.outcome)
+        story = msgspec.structs.replace(story, state="expired", outcome=tombstone.outcome)
+    if story.ended and (record := await _finished_record(redis, keys, request_id, story.ended)):
+        story = _completed(story, record)
     if story.state == "unknown":
         story = await _search_queues(redis, keys, story)
     if story.state in {"waiting", "running"}:
@@ -231,18 +239,40 @@ async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:
             queues = await find(redis, keys)
         for queue in sorted((queues or set()) - searched):
             searched.add(queue)
-            if job := await _find_job(redis, keys.jobs(queue), story.id):
+            if job := await _find(redis, keys.jobs(queue), story.id):
                 queued = int(job.partition("-")[0])
                 return msgspec.structs.replace(story, state="waiting", queue=queue, job=job, queued=queued)
     return story
 
 
-async def _find_job(redis: Redis, key: str, request_id: str) -> str:
-    """The id of a request's job among the first jobs of a stream; empty if it is not there or not readable."""
-    after = "-"
+async def _finished_record(redis: Redis, keys: Keys, request_id: str, ended: int) -> Lifecycle | None:
+    """The lifecycle's record of a request's end; None if it has been removed, is too far behind, or is not readable."""
+    after = str(ended - _RECORD_BEFORE_END)
+    while line := await _find(redis, keys.lifecycle, request_id, after):
+        found = cast("Sequence[tuple[bytes, dict[bytes, bytes]]]", await redis.xrange(keys.lifecycle, line, line))
+        for _, fields in found:
+            if (record := Lifecycle.read(line, fields)).type == "finished":
+                return record
+        after = f"({line}"
+    return None
+
+
+def _completed(story: Story, record: Lifecycle) -> Story:
+    """Add what only the lifecycle's record has: the server, and what an expired log no longer has."""
+    story = msgspec.structs.replace(story, server=record.server)
+    if story.state != "expired":
+        return story
+    attempt = Attempt(number=record.attempt, worker=record.worker, model=record.model)
+    return msgspec.structs.replace(
+        story, queue=record.queue, job=record.job, attempts=(attempt,), usage=record.usage, timings=record.timings
+    )
+
+
+async def _find(redis: Redis, key: str, request_id: str, after: str = "-") -> str:
+    """The id of a request's first entry in a stream; empty if it is not found or not readable."""
     for _ in range(0, _MOST_SEARCHED, _SEARCH_STEP):
         try:
-            found, last = await _FIND_JOB.run_on(redis, [key], [request_id, after, "+", str(_SEARCH_STEP)])
+            found, last = await _FIND.run_on(redis, [key], [request_id, after, "+", str(_SEARCH_STEP)])
         except ResponseError as error:
             if not is_permission_denied(error) and "WRONGTYPE" not in str(error):
                 raise
@@ -274,7 +304,7 @@ async def _locate(redis: Redis, keys: Keys, story: Story) -> Story:
     try:
         if not job and story.queued:
             window = [str(story.queued - 1), str(story.queued + _SEARCHED_FOR)]
-            found, _ = await _FIND_JOB.run_on(redis, [key], [story.id, *window, str(_PAGE)])
+            found, _ = await _FIND.run_on(redis, [key], [story.id, *window, str(_PAGE)])
             job = cast("bytes", found).decode()
         pending = cast("list[dict[str, Any]]", await redis.xpending_range(key, GROUP, job, job, 1) if job else [])
     except ResponseError as error:
