@@ -33,12 +33,13 @@ from .storage import (
 from .survey_types import DeadLetterState, RedisState, Survey
 from .suspects import buried_poison_finding
 
-_SLOW_EVERY = 60.0
-_SLOW_SHARE = 20
-"""The time between two reads of what takes Redis long: these seconds, or as many times the duration of such a read.
-
-That is the search of all keys for queues that only plain XADDs use, and the forecast of the memory.
+_SEARCH_EVERY = 5.0
+_SEARCH_SHARE = 20
+"""The time between two searches of all keys for queues that only plain XADDs use: these seconds, or as many times the
+duration of a search. A queue that nobody serves is named within seconds, unless Redis has millions of keys.
 """
+_FORECAST_EVERY = 60.0
+"""Seconds between two forecasts of the memory: each reads up to 10,000 entries."""
 _LETTERS_READ = 16
 
 
@@ -58,10 +59,11 @@ class Surveyor:
         self._unwritable_at = -inf
         """When Redis last did not answer, or refused writes (monotonic clock)."""
         self._searched: set[str] | None = None
+        self._search_at = -inf
+        """When all keys are searched for queues again (monotonic clock)."""
         self._forecast: MemoryForecast | None = None
-        self._may_forecast = True
-        self._slow_at = -inf
-        """When both are read again (monotonic clock)."""
+        self._forecast_at = -inf
+        """When the memory is forecast again (monotonic clock)."""
 
     async def survey(self) -> Survey:
         """Take a picture. If Redis does not answer, the picture has only that fault."""
@@ -78,21 +80,20 @@ class Surveyor:
     async def _read(self) -> Survey:
         storage, findings, denied, renewable = await self._read_storage()
         began = time.monotonic()
-        is_slow = began >= self._slow_at
-        searched = None if is_slow else self._searched
+        searches = began >= self._search_at
+        searched = None if searches else self._searched
         reading = await read_installation(
             self._redis, self._keys, self._lease, searched=searched, renewable_for=renewable
         )
-        with reading.noted_if_denied("forecast of the memory (+memory|usage, +pttl)"):
-            if is_slow or not self._may_forecast:
-                self._may_forecast = False
-                self._forecast = await forecast_memory(self._redis, self._keys)
-                self._may_forecast = True
-            storage = _with_forecast(storage, self._forecast)
-        if is_slow:
+        if searches:
             ended = time.monotonic()
             self._searched = reading.searched
-            self._slow_at = ended + max(_SLOW_EVERY, _SLOW_SHARE * (ended - began))
+            self._search_at = ended + max(_SEARCH_EVERY, _SEARCH_SHARE * (ended - began))
+        with reading.noted_if_denied("forecast of the memory (+memory|usage, +pttl)"):
+            if time.monotonic() >= self._forecast_at:
+                self._forecast = await forecast_memory(self._redis, self._keys)
+                self._forecast_at = time.monotonic() + _FORECAST_EVERY
+            storage = _with_forecast(storage, self._forecast)
         now = reading.now
         findings += queue_findings(
             reading.queues,
