@@ -93,8 +93,12 @@ class Tab(ABC):
     @abstractmethod
     async def resize(self, width: int, height: int) -> None: ...
     @abstractmethod
+    async def bring_to_front(self) -> None:
+        """Make this tab the visible one. Pages see `document.hidden` in all others, as without `--headless`."""
+
+    @abstractmethod
     async def press(self, text: str) -> None:
-        """Type a text on the keyboard; a line feed is Enter, and an escape Escape."""
+        """Bring the tab to the front and type a text; a line feed is Enter, and an escape Escape."""
 
     @abstractmethod
     async def screenshot(self) -> bytes:
@@ -150,8 +154,11 @@ class ChromiumTab(Tab):
         params = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         await self._call("Emulation.setDeviceMetricsOverride", params)
 
-    async def press(self, text: str) -> None:
+    async def bring_to_front(self) -> None:
         await self._call("Page.bringToFront")
+
+    async def press(self, text: str) -> None:
+        await self.bring_to_front()
         for key in text:
             name, code = {"\n": ("Enter", 13), "\x1b": ("Escape", 27)}.get(key, (key, 0))
             params = {"key": name, "windowsVirtualKeyCode": code, "text": {"\n": "\r", "\x1b": ""}.get(key, key)}
@@ -195,8 +202,11 @@ class FirefoxTab(Tab):
     async def resize(self, width: int, height: int) -> None:
         await self._call("browsingContext.setViewport", viewport={"width": width, "height": height})
 
-    async def press(self, text: str) -> None:
+    async def bring_to_front(self) -> None:
         await self._call("browsingContext.activate")
+
+    async def press(self, text: str) -> None:
+        await self.bring_to_front()
         keys = [{"\n": "\ue007", "\x1b": "\ue00c"}.get(key, key) for key in text]
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         await self._call("input.performActions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])

@@ -3,10 +3,13 @@
 import json
 import signal
 
+import httpx
 import pytest
 from browsers import Browser, Tab
 from edge_fixtures import StartReplica
+from redis.asyncio import Redis
 from replicas import Replica
+from written_log import START, WrittenLog, delta
 
 from worker import Client
 from worker.client.async_client import State
@@ -54,6 +57,7 @@ async def test_an_answer_arrives_and_another_tab_catches_up(browser: Browser, re
     second = await browser.open(f"{replica.url}/#{request_id}")
     await second.wait(f"{ANSWER}.length > 20")
     for tab in (first, second):
+        await tab.bring_to_front()
         await tab.wait(f"{STATE} === 'done'")
         assert await tab.evaluate(ANSWER) == await text_of(client, request_id)
         assert "tokens, prompt" in await tab.evaluate(NOTE)
@@ -106,6 +110,7 @@ async def test_two_tabs_and_a_third_work_beside_six_open_answers(
     ids = [await client.enqueue(request) for _ in range(6)]
     tabs = [await browser.open(f"{replica.url}/#{','.join(ids)}") for _ in range(2)]
     for tab in tabs:
+        await tab.bring_to_front()
         await tab.wait(
             "[...document.querySelectorAll('.answer')].filter((a) => a.textContent.length > 20).length === 6"
         )
@@ -113,12 +118,47 @@ async def test_two_tabs_and_a_third_work_beside_six_open_answers(
     request_id = await ask(tabs[-1], "Who are you?")
     texts: list[str] = []
     for tab in tabs:
+        await tab.bring_to_front()
         await tab.wait("[...document.querySelectorAll('article')].every(({ className }) => className === 'done')")
         streams = "performance.getEntriesByType('resource').filter(({ name }) => name.includes('/events'))"
         assert await tab.evaluate(f"{streams}.every(({{ name }}) => name.includes('/events?ids='))")
         texts = await tab.evaluate("[...document.querySelectorAll('.answer')].map((a) => a.textContent)")
         assert texts[:6] == [await text_of(client, found) for found in ids]
     assert texts[6:] == [await text_of(client, request_id)]
+
+
+async def test_each_of_eight_tabs_follows_an_answer_while_it_is_visible(
+    browser: Browser, replica: Replica, client: Client, redis: Redis, http: httpx.AsyncClient
+) -> None:
+    """A browser has six connections to a host. A hidden tab holds none, and continues where it was."""
+    body = {"model": "reciter", "messages": [{"role": "user", "content": "a"}]}
+    posts = [await http.post(f"{replica.url}/requests", json=body | {"seed": n}) for n in range(8)]
+    logs = [WrittenLog(redis, post.json()["id"]) for post in posts]
+    for log in logs:
+        await log.append(START, delta(1, 1))
+    tabs: list[Tab] = []
+    for log in logs:
+        tabs.append(await browser.open(f"{replica.url}/#{log.id}"))
+        await tabs[-1].wait(f"{ANSWER} === '1-1 '")
+        await tabs[-1].evaluate("document.getElementById('running').open = true")
+        await tabs[-1].wait("document.querySelectorAll('#list button').length === 8")
+    for log in logs:
+        await log.append(delta(1, 2))
+    for tab in tabs:
+        await tab.bring_to_front()
+        await tab.wait(f"{ANSWER} === '1-1 1-2 '")
+    for log in logs:
+        await log.append(delta(1, 3))
+    for tab in tabs[::-1]:
+        await tab.bring_to_front()
+        await tab.wait(f"{ANSWER} === '1-1 1-2 1-3 '")
+    await tabs[0].evaluate("document.querySelector('.cancel').click()")
+    await tabs[0].wait(f"{STATE} === 'cancelled'")
+    for tab in tabs[::7]:
+        await tab.bring_to_front()
+        await tab.wait("document.querySelectorAll('#list button').length === 7")
+    for log in logs[1:]:
+        await client.cancel(log.id)
 
 
 async def test_an_answer_that_began_again_is_replaced(browser: Browser, replica: Replica, client: Client) -> None:
