@@ -9,6 +9,7 @@ from conftest import StartSimulator
 from gateway_fixtures import Served, StartGateway
 from raw_posts import RawPost
 from redis.asyncio import Redis
+from serving import EventReader
 from waits import eventually
 
 from worker import Client, State
@@ -122,6 +123,28 @@ async def test_a_key_or_a_header_decides_whether_an_answer_goes_on(
     other.close()
     assert await wait_outcome(client, other.request_id) == "cancelled"
     assert (await client.status(post.request_id)).state is State.RUNNING
+
+
+@pytest.mark.parametrize("headers", [{}, {"relay_on_disconnect": "cancel"}], ids=["plain", "header"])
+@pytest.mark.usefixtures("worker")
+async def test_a_native_request_goes_on_after_its_reader_has_left(
+    headers: dict[str, Any], hasty: Served, redis: Redis, client: Client, simulator: Simulator
+) -> None:
+    """Whatever the header says, which is for chat completions."""
+    native = await RawPost.send(hasty.port, BODY, path="/requests", **headers)
+    assert await native.read_head() == 202
+    native.close()
+    reader = await EventReader.open(hasty.port, f"/requests/{native.request_id}/events")
+    await wait_followed(redis, native.request_id, 1)
+    await asked(simulator)
+    reader.close()
+    await wait_followed(redis, native.request_id, 0)
+    # A chat completion that is left later is cancelled after the same time: the native request is not.
+    chat = await RawPost.send(hasty.port, BODY)
+    assert await chat.read_head() == 200
+    chat.close()
+    assert await wait_outcome(client, chat.request_id) == "cancelled"
+    assert (await client.status(native.request_id)).state is State.RUNNING
 
 
 @pytest.mark.usefixtures("worker")

@@ -14,13 +14,14 @@ from websockets.exceptions import ConnectionClosed
 from written_log import END, START, WrittenLog, delta
 
 from worker import Client
-from worker.contract.entries import Delta, Entry, Failed, Queued
+from worker.contract.entries import Delta, Entry, Failed, Opened, Queued
 from worker.contract.ids import QUEUED, SEAL, EntryId
 from worker.gateway.open_streams import OpenStreams, StreamPace
 from worker.gateway.outlets import Receive, Scope, Send
 from worker.gateway.protocols.chat_chunks import ChatChunks
 from worker.gateway.protocols.native import NativeEvents
 from worker.gateway.protocols.protocol import StreamProtocol
+from worker.gateway.settings import GatewaySettings
 from worker.gateway.stream_response import StreamResponse
 from worker.telemetry.stream_events import CaughtUp, FollowerDropped, StreamClosed, StreamOpened
 
@@ -131,6 +132,53 @@ async def test_a_waiting_stream_gets_the_place_in_the_queue_and_then_heartbeats(
         assert len(await reading) == 3
     assert set(asked) == {log.id}
     await close(streams)
+
+
+async def test_a_chat_completion_gets_comments_before_its_first_token_and_between_tokens(
+    client: Client, log: WrittenLog
+) -> None:
+    async def position(_: str) -> int | None:
+        return 3
+
+    streams = open_streams(client, pace=StreamPace(heartbeat=0.02, tick=0.01), position=position)
+    await log.write(Queued(id=QUEUED))
+    async with serve(app_of(streams, log, ChatChunks())) as port:
+        reader = await EventReader.open(port, "/")
+        received: list[str] = []
+
+        async def read() -> None:
+            async for _, _, data in reader.events():
+                received.append(data)
+
+        reading = asyncio.create_task(read())
+
+        async def has_place() -> bool:
+            return "queued 3" in reader.comments
+
+        await eventually(has_place)
+        for count, entry in enumerate((START, Opened(id=EntryId(1, 1), response_id="c"), delta(1, 2), delta(1, 3))):
+            await log.append(entry)
+
+            async def has_event(count: int = count) -> bool:
+                return len(received) == count
+
+            await eventually(has_event)
+            seen = len(reader.comments)
+
+            async def is_alive(seen: int = seen) -> bool:
+                return "ping" in reader.comments[seen:]
+
+            await eventually(is_alive)
+        await log.append(END)
+        await reading
+    await close(streams)
+
+
+def test_a_silent_stream_gets_a_comment_every_10_to_15_seconds_by_default() -> None:
+    """Proxies close a connection that is silent for longer; the OpenAI clients read each comment."""
+    heartbeat = GatewaySettings.model_fields["heartbeat"].default
+    assert heartbeat >= 10
+    assert heartbeat + StreamPace().tick <= 15
 
 
 async def test_a_client_that_never_reads_loses_only_itself(client: Client, events: Events, log: WrittenLog) -> None:
