@@ -36,7 +36,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 JOBS = 40
 SLOTS = 64
-LIMITS = {"slots": SLOTS, "first_token_timeout": 5, "lease": 5}
+LIMITS = {"slots": SLOTS, "first_token_timeout": 60, "gap_timeout": 60, "lease": 5}
 REFUSES = Options(max_num_seqs=AT_ONCE, max_num_queued_reqs=QUEUED, scenario=ANSWER)
 WAITS = Options(max_num_seqs=AT_ONCE, scenario=ANSWER)
 
@@ -268,14 +268,13 @@ async def has_answered(server: Simulator, count: int) -> bool:
 ENDLESS = Options(
     max_num_seqs=AT_ONCE, max_num_queued_reqs=AT_ONCE, scenario=Scenario(fault="stall", after=1, tokens=6)
 )
-PATIENT = LIMITS | {"first_token_timeout": 60, "gap_timeout": 60}
 
 
 async def test_a_parked_job_ends_at_its_deadline(
     client: Client, redis: Redis, start_server: StartServer, start_worker: StartWorker
 ) -> None:
     server = await start_server(ENDLESS)
-    await start_worker(server, **PATIENT)
+    await start_worker(server, **LIMITS)
     endless = await enqueue(client, AT_ONCE, tenant="b")
     await eventually(lambda: runs(server, AT_ONCE))
 
@@ -293,7 +292,7 @@ async def test_a_parked_job_can_be_cancelled(
     client: Client, redis: Redis, start_server: StartServer, start_worker: StartWorker
 ) -> None:
     server = await start_server(ENDLESS)
-    await start_worker(server, **PATIENT)
+    await start_worker(server, **LIMITS)
     endless = await enqueue(client, AT_ONCE, tenant="b")
     await eventually(lambda: runs(server, AT_ONCE))
     ids = await enqueue(client, 4, "waiting", tenant="a")
