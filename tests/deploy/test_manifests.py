@@ -60,6 +60,28 @@ def test_the_kustomization_names_every_manifest() -> None:
     assert sorted(kustomization["resources"]) == [path.name for path in KUBERNETES]
 
 
+def test_the_secret_of_the_kustomization_has_what_the_manifests_read_and_users_with_least_rights(
+    tmp_path: Path,
+) -> None:
+    """Its commands run here, with a `kubectl` that writes down its arguments."""
+    head = (DEPLOY / "kubernetes/kustomization.yaml").read_text().partition("# Without KEDA")[0]
+    commands = re.sub(r"\\\n *", "", "\n".join(re.findall(r"^#   (.*)$", head, re.MULTILINE)))
+    shutil.copytree(DEPLOY / "redis", tmp_path / "deploy/redis")
+    script = f'set -eu\nkubectl() {{ printf "%s\\n" "$@" > arguments; }}\n{commands}\n'
+    subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, check=True, timeout=60)
+    given = re.findall(r"^--from-(?:literal|file)=([^=\n]*)=?(.*)$", (tmp_path / "arguments").read_text(), re.MULTILINE)
+    secret = dict(given)
+    manifests = "".join(path.read_text() for path in KUBERNETES)
+    assert set(re.findall(r"name: vllm-relay, key: ([\w.-]+)", manifests)) | {"keys.toml"} == set(secret)
+    assert secret["redis-url-worker"].startswith("redis://worker:")
+    assert secret["redis-url-gateway"].startswith("redis://gateway:")
+    password = secret["redis-password"]
+    assert (
+        f"redis://{secret['redis-username']}:{password}@{secret['redis-address']}/0"
+        == (tmp_path / "secrets/redis-url-scaler").read_text().strip()
+    )
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
