@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,10 @@ settings.load_profile("suite")
 
 # Tests start some two hundred Python processes. Without compiled files, each would compile the package for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell lets a command in the background ignore SIGINT. The processes that tests start would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _PATIENT = 60
 """Seconds without an answer of Redis after which a test's own client gives up. redis-py 8.1 gives up after 5 s, which a
