@@ -23,7 +23,7 @@ from redis import Redis
 from rig import ELSE, RigFailed, helper
 from scenarios import FAST, TRIES, Figures, Run
 
-from worker.sandbox.embedded_redis import start_redis
+from worker.sandbox.embedded_redis import free_port, start_redis
 
 OF_A_LOG = 10
 """Followers of each log."""
@@ -102,7 +102,7 @@ def _program(*arguments: str, **environment: str) -> Iterator[_Process]:
 @contextmanager
 def gateway_of(redis: int, _logs: int = 0) -> Iterator[RunningServer]:
     """The gateway, as it runs by its defaults, but without a key and a log of requests."""
-    port = _free_port()
+    port = free_port()
     settings = {"LISTEN": f"127.0.0.1:{port}", "NO_AUTH": "true", "ACCESS_LOG": "false", "DRAIN_DELAY": "0"}
     settings |= {"DRAIN_TIMEOUT": "0"}
     variables = {f"GATEWAY_{name}": value for name, value in settings.items()}
@@ -302,7 +302,7 @@ def first_token(run: Run) -> Figures:
     with ExitStack() as stack:
         redis = stack.enter_context(start_redis())
         url = redis.url
-        port = _free_port()
+        port = free_port()
         stack.enter_context(_program("simulate", "--port", str(port), "--rate", "1000"))
         _wait(lambda: _status(port, "/health") == 200, "the simulated vLLM does not start")
         vllm = f"http://127.0.0.1:{port}"
@@ -390,8 +390,3 @@ def _status(port: int, path: str) -> int:
         return 0
     finally:
         connection.close()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ import asyncio
 import math
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from proxy import Proxy
 from waits import eventually
 
 from worker import Client
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.telemetry.heartbeat import read_heartbeats
 from worker.telemetry.loop_monitor import LoopMonitor
@@ -25,11 +25,6 @@ from worker.telemetry.metrics import Metrics
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}]}
 BLOCKING = str(Path(__file__).parent / "blocking_worker.py")
 CONSTANT = {"vllm_relay_build_info", "vllm_relay_slots", "vllm_relay_loop_delay_seconds"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 @pytest.fixture

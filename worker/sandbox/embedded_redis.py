@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -11,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from redis import Redis
@@ -24,6 +24,12 @@ from .orphans import OrphanGuard, guarded_folder
 
 _START_TIMEOUT = 20.0
 _PORTS_TRIED = 5
+
+_FIRST_PORT = 20_000
+_PORTS = 250
+"""How many ports are of one process, which tries them in turn: the server of the last one may not listen yet."""
+_PROCESSES = 48
+_turns = count()
 
 
 class NoRedis(RuntimeError):
@@ -104,10 +110,11 @@ def start_redis(
 def free_port() -> int:
     """A port of 127.0.0.1 on which nothing listens, below those that the kernel gives to outgoing connections.
 
-    A server that ends and starts again can therefore have the same port.
+    A server that ends and starts again can therefore have the same port. Processes that search at the same time find
+    different ports: of those, each process has a part of its own.
     """
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = _FIRST_PORT + os.getpid() % _PROCESSES * _PORTS + next(_turns) % _PORTS
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
