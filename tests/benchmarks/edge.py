@@ -35,8 +35,6 @@ LATE = 10_000
 _OPENINGS = 7
 _CALLS, _CALLS_QUICK = 200, 60
 _WARM = 20
-_CALM = 0.01
-"""Seconds before a call. Gateway and worker have work to do after an answer, which would slow the next call."""
 _SETTLED = 1.0
 _PAIRS = 5
 """Windows of the gateway and of the raw socket while CPU is compared. They alternate: what a core gives changes within
@@ -314,7 +312,7 @@ def first_token(run: Run) -> Figures:
         }
         for number in range(-_WARM, calls):
             for name, connection in connections.items():
-                time.sleep(_CALM)
+                _time_to_first_token(connection, f"Warm up for {number} of {name}")
                 taken = _time_to_first_token(connection, f"Tell me {number} for {name}")
                 if number >= 0:
                     times[name].append(taken)
