@@ -23,10 +23,10 @@ REFUSES_ALL_AFTER = 25.0
 """Seconds for which a server must refuse every request to be reported: longer than most bursts of other clients."""
 SILENT_AFTER = 5.0
 """Seconds without any event after which a server with open answers is reported as silent: longer than most prefills."""
-SILENT_BEFORE_ANSWERS = 8.0
-"""The same, while the server has not begun any of its answers."""
+SILENT_BEFORE_ANSWERS = 6.5
+"""The same, while the server has not begun any of its answers. `worker status` then names it within 10 s."""
 SILENT_TO_PROBES_AFTER = 6.5
-"""The same, for a server without requests that does not answer a probe: `worker status` names it within 10 s.
+"""The same, for a server without requests that does not answer a probe.
 
 Twice the time that the last probes took is added, since some servers always answer late.
 """
