@@ -433,7 +433,7 @@ class SilentStream(StreamWatchdog):
         ([6, 0.1], [], 60, False),
         ([6], [0.1], 60, True),  # a frozen server also accepts requests
         ([], [9, 1], 60, True),
-        ([], [7], 60, False),
+        ([], [6], 60, False),
         ([6], [], 1, False),  # another answer has just ended
         ([], [], 60, False),
     ],
