@@ -66,7 +66,8 @@ async def vllm_frozen(it: Installation) -> AsyncIterator[None]:
 
 @_fault("vllm_silent")
 async def vllm_stopped(it: Installation) -> AsyncIterator[None]:
-    """A server accepts connections and answers nothing, its health included."""
+    """As SIGSTOP: a server accepts connections and sends nothing, of its health and of running answers included."""
+    it.vllm[0].clock.stop()
     it.vllm[0].simulator.stop()
     yield
 

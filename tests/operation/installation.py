@@ -52,7 +52,7 @@ class StoppableClock(ServerClock):
 
 
 class StoppableSimulator(Simulator):
-    """A server that a test may stop, as SIGSTOP does: it then accepts connections and answers nothing.
+    """A server whose replies a test may stop: it then accepts connections and begins no reply, also to a probe.
 
     `probe_delay` is how many seconds it takes for its health and for its list of models.
     """
