@@ -64,7 +64,9 @@ class Process:
 
     async def seal(self, log: LogWriter, outcome: str = "done") -> str:
         end = Done(id=SEAL, attempt=log.attempt) if outcome == "done" else Failed(id=SEAL, code=outcome)
-        standing = await self.owner.seal(log, end, STONE, retention=60, remember=120)
+        job = Delivery("default", "1-1", {})  # nothing but the log is sealed
+        standing, is_settled = await self.owner.seal(log, job, end, STONE, retention=60, remember=120)
+        assert not is_settled
         return standing.type
 
 

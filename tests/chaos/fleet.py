@@ -19,7 +19,6 @@ from redis.exceptions import RedisError
 from worker.broker.abandoned_jobs import AbandonedJobs
 from worker.broker.consumers import HANDED_OVER
 from worker.broker.dead_letters import DeadLetterWriter
-from worker.broker.endings import JobEnder
 from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.lifecycle import LifecycleWriter
@@ -111,7 +110,6 @@ class FleetWorker:
                 batcher, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
             lifecycle=self._lifecycle,
-            ender=JobEnder(batcher, Keys(), self._lifecycle, self._publisher),
             dead_letters=DeadLetterWriter(self._commands, Keys()),
             publisher=self._publisher,
             servers=self._upstream,

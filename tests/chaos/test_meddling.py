@@ -13,7 +13,6 @@ from waits import eventually
 
 from worker import Answer, Client, IncompleteLog
 from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
-from worker.broker.endings import JobEnder
 from worker.broker.log_writer import LogWriter
 from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
@@ -230,11 +229,6 @@ async def test_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_l
     assert len(await stream(redis, "chat:dead")) == 1
 
 
-async def step_by_step(*_: object, **__: object) -> bool:
-    """Take the place of the one script that ends an ordinary job: the seal is then a step of its own."""
-    return False
-
-
 @pytest.mark.parametrize("step", ["next_attempt", "seal"])
 async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_is_acknowledged(
     step: str,
@@ -248,7 +242,6 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     key, left = f"chat:tokens:{{{request_id}}}", 3
-    monkeypatch.setattr(JobEnder, "end", step_by_step)
     take_step = getattr(LogOwnership, step)
 
     async def deleted_before(owner: LogOwnership, log: LogWriter, *args: object, **more: object) -> object:
@@ -318,7 +311,6 @@ async def test_a_job_whose_log_loses_entries_for_ever_is_buried(
         return await seal(owner, log, *args, **more)  # type: ignore[arg-type]  # handed on as they came
 
     monkeypatch.setattr(LogOwnership, "seal", deleted_before)
-    monkeypatch.setattr(JobEnder, "end", step_by_step)
     await start_worker(simulator, max_deliveries=2)
     request_id = await client.enqueue(chat_request())
 

@@ -136,6 +136,35 @@ async def test_a_job_whose_end_lacks_a_right_waits_for_it(
     await promise_kept(redis, request_id)
 
 
+@pytest.mark.parametrize("refused", ["lifecycle", "feed"])
+async def test_a_last_step_that_redis_refuses_neither_ends_a_job_early_nor_loses_its_end(
+    refused: str, client: Client, redis: Redis, limited: str, redis_proxy: Proxy, start_worker: StartWorker,
+    simulator: Simulator,
+) -> None:  # fmt: skip
+    end, single = redis_proxy.hold(END), redis_proxy.hold(rb"^XACK")
+    worker = await start_worker(simulator, redis_url=redis_proxy.redis_url.replace("//", "//limited:pw@"))
+    assert limited
+    request_id = await client.enqueue(chat_request())
+    await end.met.wait()
+    if refused == "lifecycle":
+        await redis.delete("chat:lifecycle")
+        await redis.set("chat:lifecycle", "in the way", ex=60)
+    else:
+        await redis.acl_setuser("limited", enabled=True, commands=["-publish"])
+    end.release()
+    await single.met.wait()
+    assert await pending(redis) == 1, "the worker acknowledges the job in a step of its own"
+    single.release()
+    assert (await client.result(request_id)).outcome == "done"
+
+    async def is_over() -> bool:
+        return not await pending(redis) and metric(worker, "records_refused_total", record=refused) >= 1
+
+    await eventually(is_over)
+    if refused == "feed":
+        assert (await lifecycle(redis))[-1] == (b"finished", request_id.encode())
+
+
 async def test_a_job_that_must_stop_tries_no_single_step_after_its_script_has_failed(
     client: Client, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:

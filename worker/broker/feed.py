@@ -14,6 +14,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from ..contract.entries import Fields
+from ..contract.ids import SEAL
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, pack
 from ..telemetry.events import Failing, RecordRefused, Recovered, Telemetry
@@ -67,11 +68,15 @@ class FeedPublisher:
             self.pending.setdefault(log, []).extend(_with_ids(log, first, entries))
             self.schedule()
 
-    def take_unpublished(self, log: LogWriter) -> list[tuple[str, Fields]] | None:
-        """Remove and return the pending entries of a log, for a caller that publishes them; None if Redis refuses."""
+    def take_last_message(self, log: LogWriter, seal: Fields) -> str:
+        """The last message of a log, with its pending entries, for a caller that publishes it; empty if Redis refuses.
+
+        If the caller does not publish the message, readers read the entries at the next message.
+        """
         if self.is_muted:
-            return None
-        return self.pending.pop(log.feed, []) + self.pending.pop(log, [])
+            return ""
+        unpublished = self.pending.pop(log.feed, []) + self.pending.pop(log, [])
+        return encode([*unpublished, (str(SEAL), seal)]).decode()
 
     def schedule(self) -> None:
         """Call `on_due` after the delay, unless a flush has published the pending entries by then."""

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..contract.entries import Entry, parse_leniently
 from ..contract.ids import SEAL, EntryId
+from ..contract.keys import GROUP
 from ..contract.records import Tombstone
 from ..redisio.errors import redacted_message
 from ..redisio.scripts import Script
@@ -80,15 +81,25 @@ words of the seal.
 
 SEAL_LOG = Script(f"""{LOG_FUNCTIONS}
 if last_id() ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return look() end
-if not add('{SEAL}', unpack(ARGV, 6)) then return look() end
+local steps = 7 + ARGV[6]
+if not add('{SEAL}', unpack(ARGV, 7, steps - 1)) then return look() end
 call('EXPIRE', KEYS[1], ARGV[3])
 call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
-return {{1}}
+local is_settled = ARGV[steps] and pcall(function()
+  call('XADD', unpack(ARGV, steps + 4))
+  if ARGV[steps + 1] ~= '' then call('PUBLISH', ARGV[steps], ARGV[steps + 1]) end
+  call('XACK', ARGV[steps + 2], '{GROUP}', ARGV[steps + 3])
+end)
+return {{1, is_settled and 1 or 0}}
 """)
 """Seals its owner's log. The seal needs this fence of its own, because its id is greater than that of any attempt.
 
 ARGV: the id of the last entry and the number of entries that the log must have; seconds until it expires; the
-tombstone, and seconds until that expires; the words of the seal.
+tombstone, and seconds until that expires; the number of words of the seal, and these; perhaps the last steps of the
+job. These are the feed's channel and the message to it, empty for none; the job's stream and id; the words of the XADD
+to the lifecycle. Their keys are no KEYS: Redis would refuse the whole call to a user who has no right to the lifecycle.
+
+Returns 1, and whether all last steps were done. The first one that Redis refuses ends them.
 """
 
 FINALIZE = Script(f"""

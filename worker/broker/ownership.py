@@ -8,15 +8,15 @@ continues from them. Each raises LogRefused if the log's key holds another type.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any, cast
 
 from redis.exceptions import ResponseError
 
-from ..contract.entries import TAKEOVER, Claimed, Entry, Started, Terminal, parse, parse_leniently, to_fields, to_json
+from ..contract.entries import TAKEOVER, Claimed, Entry, Started, Terminal, parse_leniently, to_fields, to_json
 from ..contract.ids import SEAL, EntryId
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
 from ..redisio.batching import CommandBatcher
-from ..redisio.cluster import ClusterClient
 from ..redisio.pipelined import pack
 from ..redisio.scripts import Script
 from .acquisition import (
@@ -37,6 +37,7 @@ from .job_queue import Delivery, JobQueue
 from .log_pages import RawEntry, read_raw_entries
 from .log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED, LogState, is_id_taken, raw_entry
 from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_from_tail, refusal_from
+from .publisher import Publisher
 from .replicas import Replicas
 
 _NO_END = "its end was deleted, and Redis takes no other"
@@ -55,10 +56,11 @@ class LogOwnership:
         nonce: str, now: Callable[[], int], replicas: Replicas | None = None,
     ) -> None:  # fmt: skip
         self._batcher = batcher
-        self._is_cluster = isinstance(batcher.redis, ClusterClient)
         self._keys = keys
         self._jobs = jobs
         self._publisher = publisher
+        # In a cluster, the keys of a job are on several servers.
+        self._feed = publisher.feed if isinstance(publisher, Publisher) else None
         self.worker = worker
         self._nonce = nonce
         self._now = now
@@ -94,7 +96,7 @@ class LogOwnership:
 
         The decision uses the greatest id that the log ever had, because entries may have been deleted.
         """
-        key, greatest, holder = self._keys.tokens(request_id), state.greatest, state.holder
+        greatest, holder = state.greatest, state.holder
         if state.has_ended:
             return IdReused() if _is_reused(state, delivery, matches_digest) else AlreadyEnded()
         if greatest is None:
@@ -109,13 +111,13 @@ class LogOwnership:
         # Redis.
         nothing_follows_the_claim = greatest.n == 0
         if nothing_follows_the_claim and was_written_by(holder, self._nonce, delivery, delivery.count):
-            return acquired(self._writer(request_id, greatest.attempt), await self._read(key))
+            return acquired(self._writer(request_id, greatest.attempt), await self._read(request_id))
         if (obstacle := await self._obstacle(holder, delivery)) is not None:
             return obstacle
         attempt = attempt_number_after(greatest.attempt)
         if await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count) is None:
             return None
-        return acquired(self._writer(request_id, attempt), await self._read(key), greatest)
+        return acquired(self._writer(request_id, attempt), await self._read(request_id), greatest)
 
     async def _obstacle(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
         """Why this process must not take over a log from its holder; None when it may."""
@@ -151,7 +153,7 @@ class LogOwnership:
         attempt = attempt_number_after(log.attempt)
         length = await self._claim(log.request_id, attempt, delivery, reason)
         if length is None:
-            state = await self._look(log.request_id)
+            state = cast("LogState", await self._run(LOOK, log.request_id))
             lost = loss_from_tail(state.tail, attempt, EntryId(attempt, 0))
             if isinstance(lost, LogDiverged) and state.greatest is not None and state.greatest >= (attempt, 0):
                 lost = LogRefused(_NO_END) if state.greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
@@ -163,11 +165,17 @@ class LogOwnership:
         log.begin_attempt(attempt, length - 1)
 
     async def seal(
-        self, log: LogWriter, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int
-    ) -> Entry:
+        self, log: LogWriter, delivery: Delivery, end: Terminal, tombstone: Tombstone, *, retention: int,
+        remember: int, finished_record: Sequence[str] = (),
+    ) -> tuple[Entry, bool]:  # fmt: skip
         """Write the terminal entry with expiry and tombstone in one step; returns the terminal entry of the log.
 
         The log's last entry is compared with the last one of this owner. `retention` and `remember` are seconds.
+
+        `finished_record` is the lifecycle's record of the end, as the words of an XADD. With it, the same step settles
+        the job: it also publishes the end and acknowledges the job. The second result is whether all of this was done.
+        If not, for any reason, the caller does the steps one by one, and the lifecycle may get the record twice. In a
+        cluster, and where replicas must have the end before the acknowledgement, nothing but the log is settled.
 
         The number of entries is compared too. A log from which entries were deleted, or that was renamed away and back
         while another was begun in its place, must not be sealed as a complete answer. A log that was trimmed at its
@@ -177,15 +185,17 @@ class LogOwnership:
             LogLost: when this process no longer owns the log.
         """
         await log.wait_drained()
-        last, length = log.accepted, log.length
+        last, length, seal = log.accepted, log.length, to_fields(end)
+        words = [str(retention), to_json(tombstone), str(remember), str(2 * len(seal)), *chain(*seal.items())]
+        if finished_record and self._feed and not self._replicas.count:
+            message = self._feed.take_last_message(log, seal)
+            words += log.feed, message, self._keys.jobs(delivery.queue), delivery.id, *finished_record
         while True:
-            state = await self._seal(
-                SEAL_LOG, log.request_id, end, str(last), str(length), str(retention), to_json(tombstone), str(remember)
-            )
-            if state is None:
-                return parse(str(SEAL), to_fields(end))
+            state = await self._run(SEAL_LOG, log.request_id, str(last), str(length), *words)
+            if not isinstance(state, LogState):
+                return end, bool(state[0])
             if state.last and state.tail == SEAL:
-                return state.last
+                return state.last, False
             if (lost := loss_from_tail(state.tail, log.attempt, log.accepted)) is not None:
                 raise lost
             if state.greatest == SEAL:
@@ -201,13 +211,14 @@ class LogOwnership:
         job of the request is not done, or another worker has this job. `expires` is Unix ms; settlement adds the
         tombstone.
         """
-        state: LogState | None = await self._look(request_id)
-        while state is not None and not state.has_ended:
+        seal = [*chain(*to_fields(end).items())]
+        state = await self._run(LOOK, request_id)
+        while isinstance(state, LogState) and not state.has_ended:
             if state.greatest == SEAL:
                 raise LogRefused(_NO_END)
             if await self._obstacle(state.holder, delivery) is not None:
                 return False
-            state = await self._seal(SEAL_UNOWNED, request_id, end, str(state.tail or ""), str(expires))
+            state = await self._run(SEAL_UNOWNED, request_id, str(state.tail or ""), str(expires), *seal)
         return True
 
     async def finalize(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
@@ -229,27 +240,21 @@ class LogOwnership:
 
     async def read_entries(self, request_id: str) -> list[Entry]:
         """The whole log. An entry that cannot be read is returned as `Unknown`."""
-        return [parse_leniently(*entry) for entry in await self._read(self._keys.tokens(request_id))]
+        return [parse_leniently(*entry) for entry in await self._read(request_id)]
 
     def _writer(self, request_id: str, attempt: int) -> LogWriter:
         key, feed = self._keys.tokens(request_id), self._keys.feed(request_id)
         return LogWriter(request_id, key, feed, attempt, self._publisher)
 
-    async def _read(self, key: str) -> list[RawEntry]:
+    async def _read(self, request_id: str) -> list[RawEntry]:
         with _raises_log_refused():
-            return await read_raw_entries(self._batcher.redis, key)
+            return await read_raw_entries(self._batcher.redis, self._keys.tokens(request_id))
 
-    async def _look(self, request_id: str) -> LogState:
+    async def _run(self, script: Script, request_id: str, *words: str) -> LogState | list[Any]:
+        """Run a script on a log. Returns the log's state if the script wrote nothing, else what it returns after 1."""
         with _raises_log_refused():
-            _, *state = await LOOK.run(self._batcher, self._log_keys(request_id), ())
-        return LogState.read(*state)
-
-    async def _seal(self, script: Script, request_id: str, end: Terminal, *arguments: str) -> LogState | None:
-        """Write a terminal entry by a script. Returns the log's state if the script did not write it."""
-        words = chain(arguments, *to_fields(end).items())
-        with _raises_log_refused():
-            has_written, *state = await script.run(self._batcher, self._log_keys(request_id), words)
-        return None if has_written else LogState.read(*state)
+            has_written, *reply = await script.run(self._batcher, self._log_keys(request_id), words)
+        return reply if has_written else LogState.read(*reply)
 
     def _log_keys(self, request_id: str) -> tuple[str, str]:
         return self._keys.tokens(request_id), self._keys.ended(request_id)
@@ -263,18 +268,16 @@ class LogOwnership:
             time=self._now(), digest=digest, delivery=delivery.count,
         )  # fmt: skip
         fields = to_fields(started)
-        key = self._keys.tokens(request_id)
-        record = () if self._is_cluster else started_record
-        with _raises_log_refused():
-            message = encode([(str(started.id), fields)]).decode()
-            publish = "SPUBLISH" if self._publisher.has_shards else "PUBLISH", self._keys.feed(request_id), message
-            words = str(expires), *publish, str(2 * len(fields)), *chain(*fields.items()), *record
-            has_begun, *reply = await BEGIN.run(self._batcher, self._log_keys(request_id), words)
-        if not has_begun:
-            return LogState.read(*reply)
+        record = started_record if self._feed else ()
+        message = encode([(str(started.id), fields)]).decode()
+        publish = "SPUBLISH" if self._publisher.has_shards else "PUBLISH", self._keys.feed(request_id), message
+        words = str(expires), *publish, str(2 * len(fields)), *chain(*fields.items()), *record
+        reply = await self._run(BEGIN, request_id, *words)
+        if isinstance(reply, LogState):
+            return reply
         is_recorded, before = reply
         # `queued` alone comes before, unless another client wrote the log.
-        history = [raw_entry(entry) for entry in before] if len(before) < 2 else await self._read(key)
+        history = [raw_entry(entry) for entry in before] if len(before) < 2 else await self._read(request_id)
         return acquired(self._writer(request_id, 1), history, is_start_recorded=bool(is_recorded))
 
     async def _claim(

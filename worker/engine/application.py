@@ -18,7 +18,6 @@ from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
 from ..broker.control import Control
 from ..broker.dead_letters import DeadLetterWriter
-from ..broker.endings import JobEnder
 from ..broker.job_queue import JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.lifecycle_retention import LifecycleTrimmer
@@ -130,7 +129,6 @@ class Worker:
             jobs=self._jobs,
             ownership=ownership,
             lifecycle=self._lifecycle,
-            ender=JobEnder(batcher, keys, self._lifecycle, self._publisher, settings.wait_replicas),
             dead_letters=dead_letters,
             publisher=self._publisher,
             servers=self._servers,

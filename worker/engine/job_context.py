@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from ..broker.cluster_publisher import AnyPublisher
 from ..broker.dead_letters import DeadLetterWriter
-from ..broker.endings import JobEnder
 from ..broker.job_queue import Delivery, JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.log_writer import LogWriter
@@ -84,7 +83,6 @@ class JobServices:
     jobs: JobQueue
     ownership: LogOwnership
     lifecycle: LifecycleWriter
-    ender: JobEnder
     dead_letters: DeadLetterWriter
     publisher: AnyPublisher
     servers: ServerPool

@@ -1,6 +1,6 @@
 """The end of a job: seal, expiry and tombstone, feed, dead letter, lifecycle, acknowledgement, in this order.
 
-An ordinary job ends by one script (`endings.py`), every other job step by step. After a crash between two steps, the
+An ordinary job ends by one script, every other job step by step. After a crash between two steps, the
 next worker that gets the job finds the seal and does the remaining steps. The acknowledgement comes last, because no
 worker gets the job after it. No step delays an earlier one: readers get the end of the answer while a dead letter or a
 lifecycle record still waits for Redis, and a job that waits releases its slot.
@@ -21,7 +21,7 @@ from ..contract.job import INVALID, MAX_OTHER_FIELDS_BYTES, InvalidJob, Job
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.retry import RetryUntilAvailable
 from ..telemetry.job_events import DuplicateFound, JobBuried, JobFinished
-from .job_context import UNREAD, JobContext, JobServices, Stopped
+from .job_context import UNREAD, JobContext, JobServices
 
 _SLOT_RELEASED_AFTER = 0.2
 """Seconds that the steps after the seal may take before the job releases its slot."""
@@ -51,53 +51,25 @@ class Settlement:
             LogLost: when this process no longer owns the log, or the seal is lost.
             Stopped: when the job must stop before.
         """
-        await self._job.wait_for(log.drained())
-        if not await self._end_in_one_step(log, end):
-            await self.settle(await self._seal_log(log, end))
-
-    async def _end_in_one_step(self, log: LogWriter, end: Terminal) -> bool:
-        """End a job with an answer, unless its usage must be counted, or its `started` record waits for Redis.
-
-        Returns false if the steps must be done one by one.
-
-        Raises:
-            Stopped: when the script has failed and the job must stop.
-        """
-        job = self._job
-        if not (isinstance(end, Done) and end.usage and isinstance(job.parsed, Job)):
-            return False
-        if self._start_written is not None and not self._start_written.done():
-            return False
-        answer = Answer([end])
-        record, tombstone = self._lifecycle_record("finished", answer), self._tombstone(end.type)
-        is_done = await self._services.ender.end(
-            log, job.delivery, end, record, tombstone, retention=job.retention, remember=job.remember
-        )
-        if is_done:
-            self._report(answer)
-        elif job.stop.done():  # Redis may be silent: another try would delay the end of the process
-            raise Stopped
-        return is_done
-
-    async def _seal_log(self, log: LogWriter, end: Terminal) -> Answer:
-        """Write the terminal entry. Returns the answer with the log's terminal entry, which another may have written.
-
-        Raises:
-            LogLost: when this process no longer owns the log.
-            Stopped: when the job must stop before.
-        """
-        job = self._job
+        job, record = self._job, tuple[str, ...]()
+        await job.wait_for(log.drained())
         if isinstance(end, Failed):  # vLLM sends the usage only at the end of an answer
             so_far = Answer(await job.retry(self._ownership.read_entries, job.id))
             end = msgspec.structs.replace(end, usage=so_far.usage, model=so_far.model)
-        tombstone = self._tombstone(end.type)
-        written = await job.retry(
-            self._ownership.seal, log, end, tombstone, retention=job.retention, remember=job.remember
-        )
-        if isinstance(written, Done | Failed) and written.usage:
-            return Answer([written])
+        # An answer ends in one step, unless its usage must be counted, or its `started` record waits for Redis.
+        elif isinstance(end, Done) and end.usage and (self._start_written is None or self._start_written.done()):
+            record = self._services.lifecycle.words(self._lifecycle_record("finished", Answer([end])))
+        written, is_settled = await job.retry(
+            self._ownership.seal, log, job.delivery, end, self._tombstone(end.type), retention=job.retention,
+            remember=job.remember, finished_record=record,
+        )  # fmt: skip
         # A client that cancels does not always know the usage, which is then counted in the log.
-        return Answer([*await job.retry(self._ownership.read_entries, job.id), written])
+        has_usage = isinstance(written, Done | Failed) and written.usage
+        answer = Answer([*([] if has_usage else await job.retry(self._ownership.read_entries, job.id)), written])
+        if is_settled:
+            self._report(answer)
+        else:
+            await self.settle(answer)
 
     async def settle_existing_end(self, *, record_missing_start: bool = False) -> None:
         """Settle a request whose terminal entry another process has written.
