@@ -1,7 +1,8 @@
-"""Readers of many streams while one of three workers is drained: what each reads, and its longest wait for text.
+"""Readers of many streams while one of three workers is drained, or each is replaced: texts, and the longest wait.
 
 .venv/bin/python tests/operation/drained_streams.py --streams 60
 .venv/bin/python tests/operation/drained_streams.py --streams 60 --by SIGTERM
+.venv/bin/python tests/operation/drained_streams.py --streams 60 --rolling
 """
 # ruff: noqa: E402 - where the project is not installed, the imports below need the changed sys.path
 
@@ -9,8 +10,10 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +28,7 @@ from worker import Claimed, Client, Delta, Resumed
 from worker.contract.entries import Object
 from worker.sandbox.simulator.requests import answer_to
 
+_WORKERS = 3
 TOKENS, RATE = 240, 20
 """Twelve seconds of text, so that the drain meets all streams in the middle."""
 
@@ -63,11 +67,11 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of the drain. `states` are the lines of the command, `status` is that of the drained process."""
+    """What came of it. `states` are the lines of the command, `statuses` those of the processes that ended."""
 
     readers: Sequence[Reader]
     states: Sequence[dict[str, Any]]
-    status: int
+    statuses: Sequence[int]
 
     @property
     def longest_wait(self) -> float:
@@ -76,24 +80,57 @@ class Result:
 
 async def drain_under_streams(streams: int, *, by_signal: bool = False, redis_server: Path | None = None) -> Result:
     """Drain one of three workers while all streams are in the middle of their answers."""
-    async with start_installation(redis_server, streams=0, workers=0) as it:
-        workers = [it.start_worker(WORKER_SLOTS=str(streams)) for _ in range(3)]
-        await eventually(lambda: _are_ready(it, len(workers)))
-        readers = [Reader(_request(number)) for number in range(streams)]
-        reading = [asyncio.create_task(reader.read(it.client)) for reader in readers]
+    async with _streams_at_three_workers(streams, redis_server) as (it, readers, reading):
         await asyncio.gather(*[reader.began.wait() for reader in readers])
-        leaving = workers[0]
+        leaving = it.workers[0]
         states: list[dict[str, Any]] = []
         if by_signal:
             leaving.terminate()
         else:
-            name = await _name_of(it, leaving.pid)
+            name = (await _records(it))[leaving.pid]["name"]
             ended = await run("drain", name, "--wait", "--json", "--why", "measured", REDIS_URL=it.url)
             assert ended.status == 0, ended.err
             states = [json.loads(line) for line in ended.lines]
         status = await asyncio.to_thread(leaving.wait, 60)
         await asyncio.gather(*reading)
-    return Result(readers, states, status)
+    return Result(readers, states, [status])
+
+
+async def replace_under_streams(streams: int, redis_server: Path | None = None) -> Result:
+    """Replace each of three workers in turn, as a deploy does: a new one takes jobs before an old one gets SIGTERM.
+
+    A reader whose answer ends begins another one, until the last old worker has ended.
+    """
+    async with _streams_at_three_workers(streams, redis_server) as (it, readers, reading):
+        statuses = list[int]()
+
+        async def read_on(first: "asyncio.Task[None]") -> None:
+            await first
+            while len(statuses) < _WORKERS:
+                readers.append(reader := Reader(_request(len(readers))))
+                await reader.read(it.client)
+
+        reading_on = [asyncio.create_task(read_on(task)) for task in reading]
+        for leaving in it.workers[:]:
+            new = it.start_worker(WORKER_SLOTS=str(streams))
+            await eventually(partial(_takes_jobs, it, new.pid))
+            await eventually(partial(_runs_jobs, it, leaving.pid))
+            leaving.terminate()
+            statuses.append(await asyncio.to_thread(leaving.wait, 60))
+        await asyncio.gather(*reading_on)
+    return Result(readers, [], statuses)
+
+
+@asynccontextmanager
+async def _streams_at_three_workers(
+    streams: int, redis_server: Path | None
+) -> AsyncIterator[tuple[Installation, list[Reader], "list[asyncio.Task[None]]"]]:
+    """Three workers, each with a slot for every stream, and the tasks of the readers."""
+    async with start_installation(redis_server, streams=0, workers=0) as it:
+        for worker in [it.start_worker(WORKER_SLOTS=str(streams)) for _ in range(_WORKERS)]:
+            await eventually(partial(_takes_jobs, it, worker.pid))
+        readers = [Reader(_request(number)) for number in range(streams)]
+        yield it, readers, [asyncio.create_task(reader.read(it.client)) for reader in readers]
 
 
 def _request(number: int) -> Object:
@@ -101,30 +138,33 @@ def _request(number: int) -> Object:
     return cast("Object", {"messages": messages, "simulate": {"tokens": TOKENS, "rate": RATE}})
 
 
-async def _records(it: Installation) -> list[dict[str, Any]]:
-    return [json.loads(raw) for raw in (await it.redis.hgetall("chat:workers")).values()]
+async def _records(it: Installation) -> dict[int, dict[str, Any]]:
+    """The workers' records, by process."""
+    records = [json.loads(raw) for raw in (await it.redis.hgetall("chat:workers")).values()]
+    return {record["pid"]: record for record in records}
 
 
-async def _are_ready(it: Installation, count: int) -> bool:
-    records = await _records(it)
-    return len(records) == count and not any(record["starting"] for record in records)
+async def _takes_jobs(it: Installation, pid: int) -> bool:
+    return not (await _records(it)).get(pid, {"starting": True})["starting"]
 
 
-async def _name_of(it: Installation, pid: int) -> str:
-    return next(str(record["name"]) for record in await _records(it) if record["pid"] == pid)
+async def _runs_jobs(it: Installation, pid: int) -> bool:
+    return bool((await _records(it))[pid]["running"])
 
 
 @click.command()
 @click.option("--streams", default=60, show_default=True)
 @click.option("--by", type=click.Choice(["command", "SIGTERM"]), default="command", show_default=True)
-def main(streams: int, by: str) -> None:
+@click.option("--rolling", is_flag=True, help="Replace all three workers in turn, by SIGTERM.")
+def main(streams: int, by: str, *, rolling: bool) -> None:
     """Measure the longest wait of a reader."""
-    result = asyncio.run(drain_under_streams(streams, by_signal=by == "SIGTERM"))
+    measured = replace_under_streams(streams) if rolling else drain_under_streams(streams, by_signal=by == "SIGTERM")
+    result = asyncio.run(measured)
     whole = sum(reader.is_whole for reader in result.readers)
     moved = sum(reader.was_resumed for reader in result.readers)
     click.echo(
-        f"by {by}: whole texts {whole} of {len(result.readers)}, resumed by another worker {moved}; "
-        f"longest wait of a reader {result.longest_wait:.2f} s; of one that stayed "
+        f"{'each worker replaced' if rolling else f'by {by}'}: whole texts {whole} of {len(result.readers)}, "
+        f"resumed by another worker {moved}; longest wait of a reader {result.longest_wait:.2f} s; of one that stayed "
         f"{max((reader.wait for reader in result.readers if not reader.was_claimed), default=0):.2f} s"
     )
 

@@ -1,15 +1,25 @@
-"""`worker drain` of one of three worker processes: its streams go on at the others, and no reader loses text."""
+"""Drain and replacement of worker processes under streams, which go on at other workers: no reader loses text."""
 
 from pathlib import Path
 
-from drained_streams import drain_under_streams
+from drained_streams import drain_under_streams, replace_under_streams
 
 
 async def test_the_streams_of_a_drained_worker_go_on_without_a_lost_word(redis_binary: Path) -> None:
     result = await drain_under_streams(60, redis_server=redis_binary)
     assert all(reader.is_whole for reader in result.readers)
-    assert result.status == 0
+    assert result.statuses == [0]
     gone = result.states[-1]
     assert gone["state"] == "gone"
     assert gone["handed_over"] == sum(reader.was_resumed for reader in result.readers) > 0
+    assert all(reader.was_claimed == reader.was_resumed for reader in result.readers)
+
+
+async def test_a_rolling_restart_of_all_workers_loses_no_stream_and_no_word(redis_binary: Path) -> None:
+    result = await replace_under_streams(60, redis_binary)
+    print(f"longest wait of a reader {result.longest_wait:.2f} s")  # noqa: T201 - for `pytest -rP`
+    assert len(result.readers) >= 60
+    assert all(reader.is_whole for reader in result.readers)
+    assert result.statuses == [0, 0, 0]
+    assert any(reader.was_resumed for reader in result.readers)
     assert all(reader.was_claimed == reader.was_resumed for reader in result.readers)
