@@ -18,17 +18,19 @@ from waits import has_run_for
 
 from worker import Client
 from worker.broker.consumers import WAITING
+from worker.broker.gateway_registry import GatewayRegistry
 from worker.cli.main import main
 from worker.cli.status_view import lines_of
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
-from worker.contract.records import ControlEntry, QueueCounts, ServerRecord, WorkerRecord
+from worker.contract.records import ControlEntry, GatewayRecord, QueueCounts, ServerRecord, WorkerRecord
 from worker.engine.poison import WITHOUT_PROGRESS
 from worker.ops.findings import Fault, Finding
 from worker.ops.reading import read_installation
 from worker.ops.survey import Surveyor
 from worker.ops.survey_types import (
     DeadLetterState,
+    GatewayState,
     QueueState,
     RedisState,
     ServerState,
@@ -320,8 +322,12 @@ async def test_a_cluster_is_surveyed(redis_binary: Path, tmp_path: Path) -> None
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
         async with Client(url) as client:
             await client.enqueue(REQUEST)
+        redis = command_client(url, timeout=5)
+        await GatewayRegistry(redis, Keys()).write(GatewayRecord(host="web", pid=7))
+        await redis.aclose()
         found = await survey(url)
     assert names(found) == ["no_worker"]
+    assert [(gateway.name, gateway.state) for gateway in found.gateways] == [("web:7", "serving")]
     assert [queue.waiting for queue in found.queues] == [1]
     assert len(found.redis) == len(nodes)
 
@@ -340,6 +346,7 @@ def test_every_line_fits_80_columns() -> None:
             WorkerState(name=long, state="paused", reason="redis_refuses", queues=("one", "other", long), slots=1000,
                         running=1000, tokens_per_s=123456, silence=100, version="10.20.30rc4"),
         ),
+        gateways=(GatewayState(name=f"{long}:12345", state="draining", address=f"{long}:8080", streams=123456),),
         servers=(ServerState(url=f"http://{long}:8000", state="up", requests=10000, limit=10000),),
         redis=(RedisState(name=f"Redis redis://{long}:6379", used=10**10, limit=10**11, full_in=1e5),),
         dead_letters=DeadLetterState(count=1000, newest=5, reason="why " * 40),

@@ -1,4 +1,4 @@
-"""The command `worker status`: what is wrong, and queues, workers, servers, memory and dead letters in one picture."""
+"""The command `worker status`: what is wrong, and the state of all parts in one picture."""
 
 import asyncio
 import shutil
@@ -26,7 +26,7 @@ _TIMEOUT = 3.0
 def status(watch: bool, as_json: bool, **options: object) -> None:
     """Show what is wrong, and the state of all parts.
 
-    The parts are queues, workers, vLLM servers, Redis and dead letters.
+    The parts are queues, workers, gateways, vLLM servers, Redis and dead letters.
 
     Exit status 1 if one of the faults is an error: Redis does not answer, is full or refuses writes, all vLLM servers
     of a model are away, or jobs wait that no worker takes. Warnings leave it at 0. With --watch it is 130, that of

@@ -6,7 +6,7 @@ from itertools import chain
 import click
 
 from ..ops.findings import Finding, Level
-from ..ops.survey_types import QueueState, RedisState, ServerState, Survey, WorkerState
+from ..ops.survey_types import GatewayState, QueueState, RedisState, ServerState, Survey, WorkerState
 from ..ops.units import WIDTH, duration, folded, instant, printable, size
 
 _LEAST_NAME = 20
@@ -18,6 +18,7 @@ def lines_of(survey: Survey) -> list[str]:
     tables = (
         _table(("QUEUE", "WAITING", "OLDEST", "RUNNING", "DONE/S", "FAILED", "WORKERS"), map(_queue, survey.queues)),
         _table(("WORKER", "STATE", "RUNNING", "TOKENS/S", "SILENT", "VERSION", "QUEUES"), map(_worker, survey.workers)),
+        _table(("GATEWAY", "STATE", "STREAMS", "VERSION", "ADDRESS"), map(_gateway, survey.gateways)),
         _table(("SERVER", "STATE", "RUNNING"), map(_server, survey.servers)),
         _table(("REDIS", "MEMORY", "FULL IN"), map(_redis, survey.redis)),
     )
@@ -60,6 +61,10 @@ def _queue(queue: QueueState) -> tuple[str, ...]:
 def _worker(worker: WorkerState) -> tuple[str, ...]:
     rates = f"{worker.running}/{worker.slots}", f"{worker.tokens_per_s:.0f}", duration(worker.silence)
     return worker.name, worker.reason or worker.state, *rates, worker.version, ",".join(worker.queues)
+
+
+def _gateway(gateway: GatewayState) -> tuple[str, ...]:
+    return gateway.name, gateway.state, str(gateway.streams), gateway.version, gateway.address
 
 
 def _server(server: ServerState) -> tuple[str, ...]:

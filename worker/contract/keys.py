@@ -114,6 +114,14 @@ class Keys:
 
     # Keys of the gateway. All have an expiry; without them it would only limit and remember less.
 
+    @property
+    def gateway_processes(self) -> str:
+        """The sorted set of the records of gateway processes, for operators; a score is when it was renewed (Unix ms).
+
+        Its name begins as those below, so that the gateway's user needs no other right.
+        """
+        return f"{self.prefix}:gateway:processes"
+
     def asked(self, fingerprint: str) -> str:
         """The young requests of a gateway with one owner and body, which a retry may attach to: id and Unix ms."""
         return f"{self.prefix}:gateway:asked:{{{fingerprint}}}"

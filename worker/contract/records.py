@@ -1,4 +1,4 @@
-"""The records that are stored in addition to the logs: tombstones, lifecycle entries, dead letters, worker records."""
+"""The records besides the logs: tombstones, lifecycle entries, dead letters, records of workers and of gateways."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -231,7 +231,39 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
             return None
 
 
+class GatewayRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A gateway process's record in the sorted set of gateways.
+
+    `beat` is when it was renewed, in Unix ms: the record's score. `started` is Unix ms, `version` that of the package,
+    `address` where it listens. `connections` and `streams` are those that are open.
+    """
+
+    host: str
+    pid: int
+    started: int = 0
+    version: str = ""
+    address: str = ""
+    connections: int = 0
+    streams: int = 0
+    draining: bool = False
+    beat: int = 0
+
+    @property
+    def name(self) -> str:
+        """The process, by its host and its pid."""
+        return f"{self.host}:{self.pid}"
+
+    @classmethod
+    def read(cls, raw: bytes, beat: int) -> Self | None:
+        """Read a record and its score as stored in Redis; None if it is not one. See `WorkerRecord.read`."""
+        try:
+            return cls(**_known_values(raw, _TYPES_OF_GATEWAY_RECORD) | {"beat": beat})
+        except TypeError:
+            return None
+
+
 _TYPES_OF_WORKER_RECORD = get_type_hints(WorkerRecord)
+_TYPES_OF_GATEWAY_RECORD = get_type_hints(GatewayRecord)
 _TYPES_OF_CONTROL_ENTRY = get_type_hints(ControlEntry)
 
 

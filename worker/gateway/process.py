@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import signal
 import socket
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from redis.exceptions import RedisError, ResponseError
 
+from ..broker.gateway_registry import GatewayRegistry
 from ..broker.queue_depth import is_served
 from ..client.async_client import Client
 from ..contract.keys import Keys
+from ..contract.records import GatewayRecord
 from ..redisio.batching import CommandBatcher
 from ..redisio.clients import command_client
 from ..redisio.retry import Backoff
@@ -49,6 +52,7 @@ LAST_STEPS = 2.0
 
 _PING_EVERY = 1.0
 _MEASURE_EVERY = 5.0
+_LEAVE = 0.5
 
 
 def bind_listener(settings: GatewaySettings) -> socket.socket:
@@ -128,6 +132,7 @@ class Gateway:
             telemetry=telemetry,
         )
         self._neighbours = Neighbours(self._redis, self._commands, keys)
+        self._registry = GatewayRegistry(self._redis, keys)
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self.services = Services(
@@ -149,11 +154,16 @@ class Gateway:
         bounds = Bounds(settings.header_timeout, settings.body_timeout, settings.max_connections)
         self._listener = HttpListener(app, listening or bind_listener(settings), bounds, settings.keep_alive_timeout)
         self.port = self._listener.port
+        self._started = int(time.time() * 1000)
 
     @property
     def connections(self) -> int:
         """The number of open connections."""
         return self._listener.connections
+
+    @property
+    def _address(self) -> str:
+        return f"{parse_address(self._settings.listen)[0]}:{self.port}"
 
     async def run(self, *, handle_signals: bool = True) -> None:
         """Serve until SIGTERM or SIGINT, then drain and return. A second SIGINT, or SIGTERM, ends at once."""
@@ -168,8 +178,7 @@ class Gateway:
             self._start_monitoring()
             self._neighbours.start()
             await self._listener.start()
-            host = parse_address(self._settings.listen)[0]
-            self._telemetry.emit(GatewayStarted(version(), f"{host}:{self.port}", self._shown_redis))
+            self._telemetry.emit(GatewayStarted(version(), self._address, self._shown_redis))
             self._systemd.ready()
             await self._stopping.wait()
             self._systemd.stopping()
@@ -178,6 +187,7 @@ class Gateway:
             for signum in signals:
                 loop.remove_signal_handler(signum)
             await end_tasks([watching])
+            await self._remove_record()
             await self._streams.aclose()
             await self._neighbours.aclose()
             await self._client.aclose()
@@ -238,15 +248,20 @@ class Gateway:
         self._telemetry.emit(GatewayStopped(cut))
 
     async def _watch_redis(self) -> None:
-        """Ping Redis for `/readyz`, and look for workers. While Redis is away the process serves, with status 503."""
+        """Ping Redis for `/readyz`, look for workers, and renew this process's record.
+
+        While Redis is away the process serves, with status 503.
+        """
         backoff = Backoff("redis_unavailable", self._telemetry)
-        measured_at = -math.inf
+        measured_at, was_draining = -math.inf, False
         while True:
             try:
                 await self._redis.ping()
-                if time.monotonic() - measured_at >= _MEASURE_EVERY:
+                is_draining = self._stopping.is_set()
+                if time.monotonic() - measured_at >= _MEASURE_EVERY or is_draining is not was_draining:
+                    await self._registry.write(self._record(is_draining=is_draining))
                     self._queue_served = await self._measure_queue()
-                    measured_at = time.monotonic()
+                    measured_at, was_draining = time.monotonic(), is_draining
             except (RedisError, OSError) as error:
                 self._redis_answers, self._queue_served = False, math.nan
                 measured_at = -math.inf
@@ -255,6 +270,25 @@ class Gateway:
                 self._redis_answers = True
                 backoff.reset()
                 await asyncio.sleep(_PING_EVERY)
+
+    def _record(self, *, is_draining: bool) -> GatewayRecord:
+        return GatewayRecord(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            version=version(),
+            address=self._address,
+            connections=self.connections,
+            streams=len(self._streams),
+            draining=is_draining,
+        )
+
+    async def _remove_record(self) -> None:
+        """Remove this process's record, unless Redis does not answer at once. Nobody renews it then, and it expires."""
+        if self._redis_answers:
+            with suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(_LEAVE):
+                    await self._registry.remove()
 
     async def _measure_queue(self) -> float:
         """1 while a worker serves the queue of requests that name none, else 0; NaN without the rights to find out."""

@@ -22,6 +22,7 @@ from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .findings import Finding, Level, listed
 from .fleet import fleet_findings
+from .gateways import gateway_findings
 from .lifecycle_groups import lifecycle_findings
 from .memory_forecast import check_memory
 from .queues import queue_findings
@@ -186,9 +187,9 @@ async def _check_queues_and_workers(
             is_renewable=reading.is_renewable,
         ):
             yield replace(finding, level="warning") if finding.level == "error" else finding
-    found: list[Finding] = []
+    found = gateway_findings(reading.gateways)
     with reading.noted_if_denied("groups of the lifecycle"):
-        found = await lifecycle_findings(redis, keys, reading.now)
+        found += await lifecycle_findings(redis, keys, reading.now)
     for finding in found:
         yield finding
 

@@ -10,8 +10,8 @@ Level: TypeAlias = Literal["ok", "warning", "error"]
 
 Fault: TypeAlias = Literal[
     "", "redis_away", "redis_silent", "redis_login", "redis_full", "redis_refuses", "no_worker", "worker_dead",
-    "worker_blocked", "worker_silent", "vllm_away", "vllm_login", "vllm_silent", "vllm_full", "queue_unserved",
-    "queue_paused", "queue_full", "poison_job", "leases_differ", "lifecycle_behind",
+    "worker_blocked", "worker_silent", "gateway_silent", "vllm_away", "vllm_login", "vllm_silent", "vllm_full",
+    "queue_unserved", "queue_paused", "queue_full", "poison_job", "leases_differ", "lifecycle_behind",
 ]  # fmt: skip
 """The names of faults, the most severe first. They are published: deploy/failures.md has what each means. The empty
 name is that of a finding that is no fault."""

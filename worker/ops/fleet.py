@@ -145,7 +145,7 @@ def fleet_findings(
     return [
         Finding("ok", "workers", message),
         *_compare_leases(alive, lease),
-        *_compare_versions(alive),
+        *versions_finding("workers", {name: record.version for name, record in alive.items()}),
         *server_findings(alive),
         *findings,
     ]
@@ -213,9 +213,10 @@ def _compare_leases(alive: Mapping[str, WorkerRecord], lease: float) -> list[Fin
     return []
 
 
-def _compare_versions(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
-    by_version = grouped({name: record.version or "unknown" for name, record in alive.items()})
+def versions_finding(subject: str, versions: Mapping[str, str]) -> list[Finding]:
+    """The finding that the versions of some processes differ, by their names; none if the versions are equal."""
+    by_version = grouped({name: version or "unknown" for name, version in versions.items()})
     if len(by_version) < 2:
         return []
     message = "; ".join(f"{version}: {listed(names)}" for version, names in sorted(by_version.items()))
-    return [Finding("ok", "workers", f"their versions differ, as during a deploy ({message})")]
+    return [Finding("ok", subject, f"their versions differ, as during a deploy ({message})")]

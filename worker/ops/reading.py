@@ -1,4 +1,4 @@
-"""Reads the workers and the queues of an installation, for `worker check` and `worker status`."""
+"""Reads the workers, the gateways and the queues of an installation, for `worker check` and `worker status`."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..broker.control import NO_CONTROL, Control
+from ..broker.gateway_registry import GatewayRegistry
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import QueueCounts, WorkerRecord
@@ -17,13 +18,14 @@ from ..engine.intake import NO_VLLM, VLLM_FULL
 from ..redisio.cluster import server_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from .fleet import is_silent
+from .gateways import gateway_states
 from .queues import find_queues, read_queues, used_queues
-from .survey_types import QueueState
+from .survey_types import GatewayState, QueueState
 
 
 @dataclass(slots=True)
 class Reading:
-    """The workers and the queues at one time.
+    """The workers, the gateways and the queues at one time.
 
     `now` is in seconds by Redis's clock. `records` are those of all workers; None if the user may not read them.
     `alive` are the records of workers that are not silent. `connected` has, for those with an old record, whether their
@@ -37,6 +39,7 @@ class Reading:
     records: dict[str, WorkerRecord] | None = None
     alive: dict[str, WorkerRecord] = field(default_factory=dict)
     connected: dict[str, bool] = field(default_factory=dict)
+    gateways: tuple[GatewayState, ...] = ()
     queues: list[QueueState] = field(default_factory=list)
     searched: set[str] | None = None
     unread: list[str] = field(default_factory=list)
@@ -81,7 +84,7 @@ async def read_installation(
     searched: set[str] | None = None,
     renewable_for: float | None,
 ) -> Reading:
-    """Read the workers and the queues: first those of `own`, then all others.
+    """Read the workers, the gateways and the queues: first those of `own`, then all others.
 
     `lease` is that of workers whose record has none, in seconds. `renewable_for` is that of `storage.renewable_for`:
     while workers cannot renew their records, only a closed connection shows that one is silent. All keys are searched
@@ -108,6 +111,9 @@ async def read_installation(
             reading.alive[name] = record
         elif not reading.is_renewable and is_connected is not False:
             reading.alive[name] = _without_present(record)
+    with reading.noted_if_denied("gateways"):
+        gateways = await GatewayRegistry(redis, keys).records()
+        reading.gateways = gateway_states(gateways, reading.now, renewable_for=renewable_for)
     used = set[str]()
     with reading.noted_if_denied("names of used queues"):
         used = await used_queues(redis, keys)

@@ -16,6 +16,7 @@ from ..redisio.errors import is_login_refused, is_permission_denied, redacted_me
 from ..settings import redacted_url
 from .findings import Fault, Finding, faults_among
 from .fleet import fleet_findings, worker_states
+from .gateways import gateway_findings
 from .lifecycle_groups import lifecycle_findings
 from .memory_forecast import MemoryForecast, forecast_memory
 from .queues import queue_findings
@@ -111,6 +112,7 @@ class Surveyor:
             connected=reading.connected,
             is_renewable=reading.is_renewable,
         )
+        findings += gateway_findings(reading.gateways)
         letters = DeadLetterState()
         with reading.noted_if_denied("dead letters"):
             count, newest = await DeadLetters(self._redis, self._keys).count_and_newest(_LETTERS_READ)
@@ -133,6 +135,7 @@ class Surveyor:
                     connected=reading.connected,
                 )
             ),
+            gateways=reading.gateways,
             servers=tuple(server_states(reading.alive)),
             redis=tuple(storage),
             dead_letters=letters,

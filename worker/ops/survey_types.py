@@ -1,4 +1,4 @@
-"""What `worker status` shows, as data: queues, workers, vLLM servers, Redis, dead letters and faults. No I/O.
+"""What `worker status` shows, as data: queues, workers, gateways, vLLM servers, Redis, dead letters and faults. No I/O.
 
 The names of the fields are published: `worker status --json` prints them, and deploy/commands.md documents them.
 """
@@ -12,6 +12,7 @@ from ..contract.records import ControlEntry
 from .findings import Finding
 
 StateOfWorker: TypeAlias = Literal["working", "paused", "starting", "draining", "silent", "connected", "unknown"]
+StateOfGateway: TypeAlias = Literal["serving", "draining", "silent", "unknown"]
 StateOfServer: TypeAlias = Literal["up", "full", "silent", "partly", "away", "starting"]
 
 
@@ -87,6 +88,26 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
 
 
+class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway process, by its record. `name` is its host and its pid, `address` where it listens.
+
+    `state` is `serving`, `draining`, `silent` (its record was not renewed for 15 s), or `unknown` while Redis takes no
+    writes. `streams` and `connections` are those open at the last renewal, which was `age` seconds ago; `started` is
+    Unix ms. The record of a killed gateway stays for 150 s.
+    """
+
+    name: str
+    state: StateOfGateway
+    address: str = ""
+    streams: int = 0
+    connections: int = 0
+    version: str = ""
+    age: float = 0.0
+    host: str = ""
+    pid: int = 0
+    started: int = 0
+
+
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
     """A vLLM server, as the live workers see it.
 
@@ -138,6 +159,7 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[Finding, ...] = ()
     queues: tuple[QueueState, ...] = ()
     workers: tuple[WorkerState, ...] = ()
+    gateways: tuple[GatewayState, ...] = ()
     servers: tuple[ServerState, ...] = ()
     redis: tuple[RedisState, ...] = ()
     dead_letters: DeadLetterState = DeadLetterState()

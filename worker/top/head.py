@@ -13,10 +13,12 @@ _STYLES = {"error": "bold red", "warning": "bold yellow"}
 
 
 def storage_line(survey: Survey) -> str:
-    """The memory of each Redis, and the dead letters."""
+    """The memory of each Redis, the gateways, and the dead letters."""
     parts = [_memory(redis) for redis in survey.redis]
     letters = survey.dead_letters
     newest = "" if letters.newest is None else f", newest {duration(letters.newest)} ago: {letters.reason}"
+    if gateways := [gateway for gateway in survey.gateways if gateway.state != "silent"]:
+        parts.append(f"gateways {len(gateways)}, streams {sum(gateway.streams for gateway in gateways)}")
     return "   ".join([*parts, f"dead letters {letters.count}{newest}"])
 
 

@@ -1,0 +1,55 @@
+"""The sorted set of gateway records: each gateway process renews its own, and drops those that nobody renews.
+
+Nothing but an operator's picture depends on the records. The gateway writes them with rights that its other keys need.
+"""
+
+from contextlib import suppress
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from ..contract.entries import to_json
+from ..contract.keys import Keys
+from ..contract.records import GatewayRecord
+from ..redisio.scripts import Script
+
+KEPT = 150
+"""Seconds for which the record of a gateway stays that has not removed it, as that of a worker with a usual lease."""
+
+# KEYS: the set. ARGV: the record, the one that was written before it, and seconds for which a record is kept.
+_RENEW = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+call('ZADD', KEYS[1], now, ARGV[1])
+if ARGV[2] ~= ARGV[1] then call('ZREM', KEYS[1], ARGV[2]) end
+call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3] * 1000)
+return call('EXPIRE', KEYS[1], ARGV[3])
+""")
+
+
+class GatewayRegistry:
+    """The records of all gateway processes. An object writes that of one process."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._key = keys.gateway_processes
+        self._written = ""
+
+    async def write(self, record: GatewayRecord) -> None:
+        """Renew this process's record. If Redis refuses that, the record becomes old, and the gateway serves on."""
+        former, self._written = self._written, to_json(record)
+        with suppress(ResponseError):
+            await _RENEW.run_on(self._redis, [self._key], [self._written, former, str(KEPT)])
+
+    async def remove(self) -> None:
+        """Remove this process's record."""
+        if self._written:
+            with suppress(ResponseError):
+                await self._redis.zrem(self._key, self._written)
+
+    async def records(self) -> list[GatewayRecord]:
+        """All records that can be read, the latest of each process, in the order of their names."""
+        found = cast("list[tuple[bytes, float]]", await self._redis.zrange(self._key, 0, -1, withscores=True))
+        records = [GatewayRecord.read(raw, int(score)) for raw, score in found]
+        return sorted({record.name: record for record in records if record}.values(), key=lambda record: record.name)
