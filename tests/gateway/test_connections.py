@@ -5,12 +5,19 @@ import json
 import re
 import socket
 import struct
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 from gateway_fixtures import Served, StartGateway
 from rooms import plain_room
 from waits import eventually
+
+from worker.gateway.connections import Bounds
+from worker.gateway.listener import HttpListener, bind
+from worker.gateway.outlets import Receive, Scope, Send
 
 ENOUGH = 60.0
 """Seconds for what takes a fraction of one."""
@@ -314,3 +321,38 @@ async def test_a_reset_in_the_middle_of_everything_leaves_the_process_alive(
         sock.sendall(raw)
         sock.close()
     assert (await http.get(f"{served.url}/healthz")).status_code == 200
+
+
+@asynccontextmanager
+async def busy_machine(turn: float) -> AsyncIterator[None]:
+    """Each turn of the event loop takes so many seconds."""
+
+    async def take_time() -> None:
+        while True:
+            time.sleep(turn)  # noqa: ASYNC251 - it stands for other processes
+            await asyncio.sleep(0)
+
+    taking = asyncio.create_task(take_time())
+    yield
+    taking.cancel()
+
+
+async def test_a_response_that_has_few_steps_left_ends_however_long_each_takes() -> None:
+    """By the clock, the limit passes before the last of these steps."""
+    begun = asyncio.Event()
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        begun.set()
+        for _ in range(7):
+            await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    listener = HttpListener(app, bind("127.0.0.1", 0, 30), Bounds(), 30)
+    await listener.start()
+    asking = asyncio.create_task(exchange(listener.port, GET + b"\r\n"))
+    await begun.wait()
+    listener.close()
+    async with busy_machine(turn=0.1):
+        assert await listener.finish(0.0, last_steps=0.5) == 0
+    assert (await asking).endswith(b"ok")

@@ -16,6 +16,9 @@ _LARGEST_MESSAGE = 64 * 1024
 
 _BACKLOG = 2048
 
+_LONGEST_TURN = 0.05
+"""Seconds for which a turn of the event loop counts at most when the last connections are waited for."""
+
 _SEND_BUFFER = 256 * 1024
 """Bytes that the kernel takes for a client that does not read; it doubles the number. By default it takes 4 MiB."""
 
@@ -82,12 +85,20 @@ class HttpListener:
             if isinstance(connection, BoundedProtocol):
                 connection.shutdown()
 
-    async def finish(self, seconds: float) -> int:
-        """Wait for the open connections, and cut those that are left; returns how many that were."""
-        deadline = time.monotonic() + seconds
-        while self._state.connections and time.monotonic() < deadline:
+    async def finish(self, within: float, last_steps: float) -> int:
+        """Wait for the open connections, and cut those that are left; returns how many that were.
+
+        They have `within` seconds, and after that `last_steps` seconds. Of the latter, a turn of the event loop counts
+        for at most 0.05 s: ending a response takes some turns, and each may take a second on a busy machine.
+        """
+        before = time.monotonic()
+        until = before + within
+        while self._state.connections and last_steps > 0:
             self.close_idle()
             await asyncio.sleep(0.02)
+            now = time.monotonic()
+            last_steps -= min(max(0.0, now - max(before, until)), _LONGEST_TURN)
+            before = now
         left = list(self._state.connections)
         for connection in left:
             if (transport := connection.transport) is not None:

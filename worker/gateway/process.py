@@ -48,7 +48,10 @@ from .tasks import end_tasks
 from .tokens import ReadTokens
 
 LAST_STEPS = 2.0
-"""Seconds after the drain for ended streams to leave: their last bytes are written, and close frames are exchanged."""
+"""Seconds after the drain for ended streams to leave: their last bytes are written, and close frames are exchanged.
+
+They are longer where the machine gives the process little CPU time: see `HttpListener.finish`.
+"""
 
 _PING_EVERY = 1.0
 _MEASURE_EVERY = 5.0
@@ -234,14 +237,14 @@ class Gateway:
         within = 0.0 if self._at_once.is_set() else self._settings.drain_timeout
         for end in self.services.at_end:
             end(within)
-        finishing = asyncio.create_task(self._listener.finish(within + LAST_STEPS))
+        finishing = asyncio.create_task(self._listener.finish(within, LAST_STEPS))
         at_once = asyncio.create_task(self._at_once.wait())
         await asyncio.wait({finishing, at_once}, return_when=asyncio.FIRST_COMPLETED)
         if not finishing.done():
             for end in self.services.at_end:
                 end(0.0)
             await end_tasks([finishing])
-            cut = await self._listener.finish(LAST_STEPS)
+            cut = await self._listener.finish(0.0, LAST_STEPS)
         else:
             cut = finishing.result()
         await end_tasks([at_once])
