@@ -14,6 +14,7 @@ def main() -> None:
     Ctrl-C in this half second ends the process at once with the status of a shell: nothing has begun yet, and Python's
     own handler would print a traceback of the imports. Where a shell ignores SIGINT (`worker … &`), it stays ignored.
     """
+    _open_missing_streams()
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     handles_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -28,6 +29,19 @@ def main() -> None:
     if handles_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null for each standard stream that is closed (`worker … >&-`).
+
+    Else its number is given to the next file that is opened. The event loop ends the process for that (libuv 1).
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            setattr(sys, name, open(opened, "w" if number else "r", closefd=False))  # noqa: SIM115 - for the whole run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A reader that closes the pipe, as `head` does: every command ends without a word on standard error."""
+"""A reader that closes the pipe, as `head` does, and standard streams that are closed from the start."""
 
 import asyncio
 import errno
@@ -84,3 +84,32 @@ async def test_no_command_reports_a_closed_pipe(
     os.close(writer)
     ended = await rest(process)
     assert (ended.status, [line for line in ended.err.splitlines() if not line.startswith("· ")]) == (1, [])
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+async def test_a_command_without_a_standard_stream_has_its_usual_exit_status(closed: str, redis_url: str) -> None:
+    """The event loop ended the process by SIGABRT: the socket to Redis had the number of the missing stream."""
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", f'exec "$0" -m worker status {closed}', sys.executable,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment(REDIS_URL=redis_url),
+    )  # fmt: skip
+    ended = await rest(process)
+    assert (ended.status, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+async def test_a_worker_that_has_nowhere_to_log_works(
+    closed: str, redis_url: str, client: Client, start_simulator: StartSimulator
+) -> None:
+    server = await start_simulator()
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", f'exec "$0" -m worker run {closed}', sys.executable,
+        env=environment(REDIS_URL=redis_url, VLLM_URLS=server.url),
+    )  # fmt: skip
+    try:
+        answer = await client.result(await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}))
+    finally:
+        process.terminate()
+        status = await process.wait()
+    assert status == 0
+    assert answer.outcome == "done"
