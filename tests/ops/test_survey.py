@@ -332,7 +332,7 @@ async def test_a_cluster_is_surveyed(redis_binary: Path, tmp_path: Path) -> None
     assert len(found.redis) == len(nodes)
 
 
-def test_every_line_fits_80_columns() -> None:
+def test_every_line_fits_80_columns_and_those_of_a_narrower_terminal() -> None:
     long = "a-name-of-a-pod-that-somebody-has-chosen-and-that-does-not-fit-7c9f-x2b4q"
     fault = Finding(
         "error", f"worker {long}", "it has been silent for 9 s " * 9, "do something about it " * 9, "worker_dead", 1
@@ -354,6 +354,8 @@ def test_every_line_fits_80_columns() -> None:
     )  # fmt: skip
     lines = [click.unstyle(line) for line in lines_of(found)]
     assert max(map(len, lines)) <= 80
+    for width in (40, 10):  # a watched picture is redrawn, so no line may wrap
+        assert max(len(click.unstyle(line)) for line in lines_of(found, width)) <= width
     (worker,) = [line for line in lines if line.startswith("a-name") and "redis_refuses" in line]
     assert "7c9f-x2b4q"[-5:] in worker.split()[0]
 

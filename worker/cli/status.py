@@ -33,6 +33,7 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
     Ctrl-C.
     """
     from ..ops.survey import Surveyor  # noqa: PLC0415 - clients need not load it
+    from ..ops.units import WIDTH  # noqa: PLC0415
     from ..redisio.clients import command_client  # noqa: PLC0415
     from ..redisio.urls import database_of  # noqa: PLC0415
     from .status_view import lines_of  # noqa: PLC0415
@@ -49,7 +50,8 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
                 if as_json:
                     click.echo(to_json(survey.as_dict()))
                 elif watch:
-                    _redraw([f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", *lines_of(survey)])
+                    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+                    _redraw([f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", *lines_of(survey, width)])
                 else:
                     click.echo("\n".join(lines_of(survey)))
                 if not watch:

@@ -1,6 +1,7 @@
-"""Draws a survey or a finding as lines of at most 80 columns, for a terminal or a file."""
+"""Draws a survey or a finding as lines of at most 80 columns, or those of a narrower terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import click
@@ -13,35 +14,36 @@ _LEAST_NAME = 20
 _COLOURS: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-def lines_of(survey: Survey) -> list[str]:
-    """The lines: the faults first, then a table for each part."""
+def lines_of(survey: Survey, width: int = WIDTH) -> list[str]:
+    """The lines, of at most `width` columns: the faults first, then a table for each part."""
+    table = partial(_table, width=width)
     tables = (
-        _table(("QUEUE", "WAITING", "OLDEST", "RUNNING", "DONE/S", "FAILED", "WORKERS"), map(_queue, survey.queues)),
-        _table(("WORKER", "STATE", "RUNNING", "TOKENS/S", "SILENT", "VERSION", "QUEUES"), map(_worker, survey.workers)),
-        _table(("GATEWAY", "STATE", "STREAMS", "VERSION", "ADDRESS"), map(_gateway, survey.gateways)),
-        _table(("SERVER", "STATE", "RUNNING"), map(_server, survey.servers)),
-        _table(("REDIS", "MEMORY", "FULL IN"), map(_redis, survey.redis)),
+        table(("QUEUE", "WAITING", "OLDEST", "RUNNING", "DONE/S", "FAILED", "WORKERS"), map(_queue, survey.queues)),
+        table(("WORKER", "STATE", "RUNNING", "TOKENS/S", "SILENT", "VERSION", "QUEUES"), map(_worker, survey.workers)),
+        table(("GATEWAY", "STATE", "STREAMS", "VERSION", "ADDRESS"), map(_gateway, survey.gateways)),
+        table(("SERVER", "STATE", "RUNNING"), map(_server, survey.servers)),
+        table(("REDIS", "MEMORY", "FULL IN"), map(_redis, survey.redis)),
     )
-    lines = [*_faults(survey), *chain.from_iterable(tables)]
+    lines = [*_faults(survey, width), *chain.from_iterable(tables)]
     if survey.redis:  # else nothing could be read
-        lines += ["", _dead_letters(survey)]
+        lines += ["", _cut(_dead_letters(survey), width)]
     if survey.unread:
-        lines += ["", *folded(f"not readable for this user: {', '.join(survey.unread)}")]
+        lines += ["", *folded(f"not readable for this user: {', '.join(survey.unread)}", width=width)]
     return lines
 
 
-def _faults(survey: Survey) -> list[str]:
+def _faults(survey: Survey, width: int) -> list[str]:
     if not survey.faults:
         return [click.style("no fault is known", fg="green")]
-    return list(chain.from_iterable(map(lines_of_finding, survey.faults)))
+    return list(chain.from_iterable(lines_of_finding(fault, width) for fault in survey.faults))
 
 
-def lines_of_finding(finding: Finding) -> list[str]:
+def lines_of_finding(finding: Finding, width: int = WIDTH) -> list[str]:
     """The lines of one finding: level, subject and message, then how to fix it."""
     since = f", since {instant(finding.since)}" if finding.since else ""
-    first, *rest = folded(f"{finding.level:<7} {finding.subject}: {finding.message}{since}", 8)
+    first, *rest = folded(f"{finding.level:<7} {finding.subject}: {finding.message}{since}", 8, width)
     first = click.style(first[:7], fg=_COLOURS[finding.level]) + first[7:]
-    return [first, *rest, *(folded(f"        → {finding.fix}", 10) if finding.fix else [])]
+    return [first, *rest, *(folded(f"        → {finding.fix}", 10, width) if finding.fix else [])]
 
 
 def _queue(queue: QueueState) -> tuple[str, ...]:
@@ -92,25 +94,23 @@ def _dead_letters(survey: Survey) -> str:
     letters = survey.dead_letters
     if letters.newest is None:
         return "dead letters: none"
-    return _cut(
-        f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {printable(letters.reason)}", WIDTH
-    )
+    return f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {printable(letters.reason)}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> list[str]:
     """A table. Its last column is cut, and the names in its first one are shortened, until it fits."""
     found = [head, *(tuple(map(printable, row)) for row in rows)]
     if len(found) == 1:
         return []
     widths = [max(len(row[column]) for row in found) for column in range(len(head))]
     between = 2 * (len(head) - 1)
-    excess = sum(widths) + between - WIDTH
+    excess = sum(widths) + between - width
     widths[0] -= (cut := max(0, min(excess, widths[0] - _LEAST_NAME)))
     widths[-1] = max(len(head[-1]), widths[-1] - max(0, excess - cut))
     lines = []
     for row in found:
         cells = [_shortened(row[0], widths[0]), *row[1:-1], _cut(row[-1], widths[-1])]
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()[:WIDTH])
+        lines.append("  ".join(cell.ljust(room) for cell, room in zip(cells, widths, strict=True)).rstrip()[:width])
     return ["", click.style(lines[0], bold=True), *lines[1:]]
 
 

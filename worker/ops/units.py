@@ -40,6 +40,10 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
-def folded(text: str, indent: int = 0) -> list[str]:
-    """A text in lines of at most 80 columns, of which all but the first are indented, without control characters."""
-    return textwrap.wrap(printable(text), WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+def folded(text: str, indent: int = 0, width: int = WIDTH) -> list[str]:
+    """A text in lines of at most `width` columns, of which all but the first are indented, without control characters.
+
+    In a narrow terminal an indentation may take half of them.
+    """
+    indent = min(indent, width // 2)
+    return textwrap.wrap(printable(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)
