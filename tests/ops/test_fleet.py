@@ -120,6 +120,11 @@ async def test_the_loopback_address_is_another_server_on_each_host(record: Recor
     ]  # fmt: skip
 
 
+async def test_a_server_in_a_record_may_have_any_text_as_its_url(record: Record, find: Find) -> None:
+    await record("a", lease=15, servers=(ServerRecord(url="http://[::", state="away", reason="\x1b[2J"),))
+    assert [each.level for each in await find("workers at vLLM http://[::")] == ["ok", "warning"]
+
+
 async def test_a_worker_that_starts_is_no_warning_unless_it_takes_long(
     record: Record, find: Find, redis: Redis
 ) -> None:

@@ -23,7 +23,11 @@ def _seen_by(alive: Mapping[str, WorkerRecord]) -> dict[str, dict[str, ServerRec
 
 def _place(url: str, host: str) -> str:
     """The URL of a server, with the worker's host if the URL means that host."""
-    return f"{url} of {host}" if urlsplit(url).hostname in _THIS_HOST else url
+    try:
+        name = urlsplit(url).hostname
+    except ValueError:  # a record may hold any text
+        return url
+    return f"{url} of {host}" if name in _THIS_HOST else url
 
 
 def server_states(alive: Mapping[str, WorkerRecord]) -> list[ServerState]:
