@@ -171,3 +171,23 @@ async def test_the_command_prints_it_and_knows_nothing_of_an_unknown_request(red
     assert json.loads(as_json.output)["state"] == "waiting"
     unknown = await asyncio.to_thread(runner.invoke, main, ["explain", "nobody"])
     assert (unknown.exit_code, "no log, no tombstone and no waiting job" in unknown.output) == (1, True)
+
+
+async def test_a_log_that_tells_no_state_is_not_called_missing(redis: Redis, redis_url: str) -> None:
+    await redis.xadd("chat:tokens:{foreign}", {"type": "of another program"})
+    await redis.expire("chat:tokens:{foreign}", 600)
+    runner = CliRunner(env={"REDIS_URL": redis_url})
+    told = await asyncio.to_thread(runner.invoke, main, ["explain", "foreign"])
+    assert told.exit_code == 1
+    assert "its log has no entry that tells a state" in told.output
+    assert "it has no log" not in told.output
+
+
+async def test_a_key_of_another_type_is_no_fault_of_the_url(redis: Redis, redis_url: str) -> None:
+    await redis.set("chat:tokens:{foreign}", "a text", ex=600)
+    runner = CliRunner(env={"REDIS_URL": redis_url})
+    told = await asyncio.to_thread(runner.invoke, main, ["explain", "foreign"])
+    await redis.delete("chat:tokens:{foreign}")
+    assert told.exit_code == 1
+    assert "another program wrote to a key of this prefix" in told.output
+    assert "see REDIS_URL" not in told.output

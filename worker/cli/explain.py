@@ -50,7 +50,9 @@ def _lines(story: "Story") -> Iterator[str]:
     outcome = f": {story.outcome}" if story.outcome else ""
     yield from folded(f"request {story.id} · {story.state}{outcome}{f' ({story.code})' if story.code else ''}")
     if story.state == "unknown":
-        yield from folded("it has no log, no tombstone and no waiting job: it was never added, or has expired")
+        missing = "it has no log, no tombstone and no waiting job: it was never added, or has expired"
+        unreadable = "its log has no entry that tells a state: another program or a later version wrote it"
+        yield from folded(missing if story.log_for is None else unreadable)
     for name, text in (*_beginning(story), *_end(story)):
         yield from folded(f"  {name:<10} {text}", 13)
 

@@ -84,9 +84,9 @@ def _map_errors(run: Callable[[], object]) -> object:
     except (RedisConnectionError, RedisTimeoutError) as error:
         advice = advice_on(error) or advice_on_no_answer(error)
         problem = "refuses" if is_login_refused(error) or is_connection_refused(error) else "does not answer"
-        raise click.ClickException(
-            f"Redis {problem}: {redacted_message(error).rstrip('.')}: {advice} ({variable('redis_url')})"
-        ) from None
+        if variable("redis_url") not in advice:
+            advice = f"{advice} ({variable('redis_url')})"
+        raise click.ClickException(f"Redis {problem}: {redacted_message(error).rstrip('.')}: {advice}") from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
         raise click.ClickException(

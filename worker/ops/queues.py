@@ -21,7 +21,7 @@ from ..settings import variable
 from .findings import Finding, Level, listed
 from .survey_types import QueueState
 from .suspects import find_suspects, poison_findings
-from .units import duration
+from .units import duration, instant
 
 _KEYS_A_STEP = 1000
 """How many keys of Redis a step of the search for queues visits. It takes a few milliseconds of Redis's time."""
@@ -205,7 +205,7 @@ def queue_findings(
 def _pause_finding(state: QueueState, pause: ControlEntry, jobs: str) -> Finding:
     by = f" by {pause.by}" if pause.by else ""
     why = f" ({pause.why})" if pause.why else ""
-    message = f"it is paused{by}{why}, {'with an end' if pause.until else 'without an end'}; {jobs}"
+    message = f"it is paused{by}{why}, {f'until {instant(pause.until)}' if pause.until else 'without an end'}; {jobs}"
     fix = f"worker resume {state.name} lets workers take its jobs again"
     return Finding("warning", f"queue {state.name}", message, fix, "queue_paused", pause.since)
 

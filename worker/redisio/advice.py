@@ -68,6 +68,10 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
         exceptions.ResponseError, "MISCONF",
         "give Redis space on its disk and permission to write there: the log of Redis has the reason",
     ),
+    (
+        exceptions.ResponseError, "WRONGTYPE",
+        "another program wrote to a key of this prefix: remove its data, or choose another WORKER_PREFIX",
+    ),
     (exceptions.ResponseError, "NOREPLICAS", "start the replicas of Redis, or lower its min-replicas-to-write"),
 )  # fmt: skip
 """The type of an error, words in its message, and the advice. The first row that matches applies."""
