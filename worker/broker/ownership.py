@@ -230,13 +230,9 @@ class LogOwnership:
         Raises:
             TooFewReplicas: when too few replicas have the end.
         """
-        keys = self._log_keys(request_id)
-        arguments = str(retention), to_json(tombstone), str(remember)
+        words = str(retention), to_json(tombstone), str(remember)
         with _raises_log_refused():
-            has_ended = await FINALIZE.run(self._batcher, keys, arguments)
-            if has_ended and self._replicas.count:
-                has_ended = await self._replicas.run(FINALIZE, self._batcher.redis, keys, arguments)
-        return bool(has_ended)
+            return bool(await self._replicas.run(FINALIZE, self._batcher, self._log_keys(request_id), words))
 
     async def read_entries(self, request_id: str) -> list[Entry]:
         """The whole log. An entry that cannot be read is returned as `Unknown`."""

@@ -1,12 +1,10 @@
 """Waits until replicas of Redis have the end of a log, before its job is acknowledged."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
+from ..redisio.batching import CommandBatcher
 from ..redisio.cluster import server_of
 from ..redisio.errors import TooFewReplicas
 from ..redisio.scripts import Script
@@ -27,37 +25,30 @@ class Replicas:
         self._wait = wait
         self._slots = asyncio.Semaphore(_MAX_WAITING)
 
-    async def run(self, script: Script, redis: Redis, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401 - the script's own reply
-        """Run a script that writes, and wait until enough replicas have what it wrote and all that was there before.
+    async def run(self, script: Script, batcher: CommandBatcher, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401 - the script's own reply
+        """Run a script, and wait until enough replicas have what it wrote and all that was there before.
 
         WAIT counts the replicas that have the last write of its own connection, so both go out in one write. The script
-        goes out with its source: a pipeline could not send it after Redis has replied that it does not know it.
+        goes out with its source: a pipeline could not send it after Redis has replied that it does not know it. A
+        script that wrote nothing returns 0, and its replicas do not matter.
 
         Raises:
-            TooFewReplicas: when too few replicas have it in time.
+            TooFewReplicas: when too few replicas have it in time, or too many callers wait for that.
         """
-        async with self._slot():
-            pipe = (await server_of(redis, keys[0])).pipeline(transaction=False)
-            pipe.eval(script.source, len(keys), *keys, *arguments)
-            pipe.execute_command("WAIT", self.count, int(self._wait * 1000))
-            reply, there = await pipe.execute()
-        if there < self.count:
-            raise TooFewReplicas(f"{there} of {self.count} replicas have the end of a log: its job is kept")
-        return reply
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """One of the few slots for waiting. The wait for a slot is limited too, so that a caller can be stopped.
-
-        Raises:
-            TooFewReplicas: when no slot becomes free in time.
-        """
+        if not self.count:
+            return await script.run(batcher, keys, arguments)
         try:
-            async with asyncio.timeout(self._wait):
+            async with asyncio.timeout(self._wait):  # so that a caller can be stopped
                 await self._slots.acquire()
         except TimeoutError:
             raise TooFewReplicas("the ends of other logs wait for replicas: the job is kept") from None
         try:
-            yield
+            pipe = (await server_of(batcher.redis, keys[0])).pipeline(transaction=False)
+            pipe.eval(script.source, len(keys), *keys, *arguments)
+            pipe.execute_command("WAIT", self.count, int(self._wait * 1000))
+            reply, there = await pipe.execute()
         finally:
             self._slots.release()
+        if reply and there < self.count:
+            raise TooFewReplicas(f"{there} of {self.count} replicas have the end of a log: its job is kept")
+        return reply
