@@ -19,7 +19,7 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.broker.log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED
+from worker.broker.log_scripts import BEGIN, CLAIM, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED
 from worker.redisio.batching import CommandBatcher
 from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, report_outcome
 
@@ -283,7 +283,7 @@ async def gate_before(one: Process, redis_url: str) -> Gate:
     Redis knows the scripts: one that it does not know takes an exchange more.
     """
     gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
-    for script in (BEGIN, LOOK, SEAL_LOG, SEAL_UNOWNED, FINALIZE):
+    for script in (BEGIN, CLAIM, LOOK, SEAL_LOG, SEAL_UNOWNED, FINALIZE):
         gate.network.admin.script_load(script.source)
     gate.guard(one.commands)
     one.use(CommandBatcher(one.commands, gated(gate)))

@@ -19,7 +19,7 @@ from topology import chat_request, settled, whole
 from waits import eventually
 
 from worker import Answer, Client
-from worker.broker.log_scripts import BEGIN, FINALIZE, SEAL_LOG
+from worker.broker import log_scripts
 from worker.redisio.clients import command_client
 from worker.redisio.cluster import slot_of
 from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, connection_lost_error
@@ -89,7 +89,7 @@ def masters(redis_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def load_scripts(masters: list[topology.Node]) -> None:
     """Let masters know the scripts: the first call of one that a master does not know is refused."""
     for node in masters:
-        for script in (BEGIN, SEAL_LOG, FINALIZE):
+        for script in (log_scripts.BEGIN, log_scripts.CLAIM, log_scripts.SEAL_LOG, log_scripts.FINALIZE):
             node.client.script_load(script.source)
 
 

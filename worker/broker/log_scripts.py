@@ -1,4 +1,4 @@
-"""The scripts that write the entries which a log's owner must not write blindly: `1-0` and the seal.
+"""The scripts that write the entries which a log's owner must not write blindly: the first of an attempt, and the seal.
 
 Each compares the log and its tombstone with what the caller expects, and writes in the same step. If they differ, the
 script writes nothing and returns the state of the log, which the caller decides on. KEYS are the log and its tombstone.
@@ -35,7 +35,7 @@ local function look()
 end
 local function add(...)
   local added, failed = try('XADD', KEYS[1], ...)
-  if not failed then return true end
+  if not failed then return added end
   local is_taken = added.err:find('equal or smaller', 1, true) or added.err:find('exhausted the last', 1, true)
   if not is_taken then error({added}) end
   return false
@@ -44,7 +44,7 @@ end
 """Functions for scripts on a log: KEYS[1], and its tombstone: KEYS[2].
 
 `last_id` is the id of the last entry, or empty. `look` returns 0 and the arguments of `LogState.read`. `add` returns
-false if the log has, or had, an entry with that id or a greater one.
+false if the log has, or had, an entry with that id or a greater one, or if there must be a log and is none.
 """
 
 LOOK = Script(LOG_FUNCTIONS + "return look()")
@@ -67,6 +67,12 @@ right to that key.
 
 Returns 1, whether the lifecycle has the record, and the first two of the entries before `1-0`.
 """
+
+CLAIM = Script(f"""{LOG_FUNCTIONS}
+if not add('NOMKSTREAM', unpack(ARGV)) then return look() end
+return {{1, call('XLEN', KEYS[1])}}
+""")
+"""Writes the first entry of a later attempt into a log. ARGV: its id and words. Returns 1 and the number of entries."""
 
 SEAL_UNOWNED = Script(f"""{LOG_FUNCTIONS}
 if call('GET', KEYS[2]) or last_id() ~= ARGV[1] or not add('{SEAL}', unpack(ARGV, 3)) then return look() end

@@ -8,7 +8,7 @@ continues from them. Each raises LogRefused if the log's key holds another type.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from redis.exceptions import ResponseError
 
@@ -17,7 +17,6 @@ from ..contract.ids import SEAL, EntryId
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
 from ..redisio.batching import CommandBatcher
-from ..redisio.pipelined import pack
 from ..redisio.scripts import Script
 from .acquisition import (
     Acquired,
@@ -35,7 +34,7 @@ from .cluster_publisher import AnyPublisher
 from .feed import encode
 from .job_queue import Delivery, JobQueue
 from .log_pages import RawEntry, read_raw_entries
-from .log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED, LogState, is_id_taken, raw_entry
+from .log_scripts import BEGIN, CLAIM, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED, LogState, raw_entry
 from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_from_tail, refusal_from
 from .publisher import Publisher
 from .replicas import Replicas
@@ -115,7 +114,7 @@ class LogOwnership:
         if (obstacle := await self._obstacle(holder, delivery)) is not None:
             return obstacle
         attempt = attempt_number_after(greatest.attempt)
-        if await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count) is None:
+        if isinstance(await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count), LogState):
             return None
         return acquired(self._writer(request_id, attempt), await self._read(request_id), greatest)
 
@@ -151,9 +150,8 @@ class LogOwnership:
             LogLost: when this process no longer owns the log.
         """
         attempt = attempt_number_after(log.attempt)
-        length = await self._claim(log.request_id, attempt, delivery, reason)
-        if length is None:
-            state = cast("LogState", await self._run(LOOK, log.request_id))
+        state = await self._claim(log.request_id, attempt, delivery, reason)
+        if isinstance(state, LogState):
             lost = loss_from_tail(state.tail, attempt, EntryId(attempt, 0))
             if isinstance(lost, LogDiverged) and state.greatest is not None and state.greatest >= (attempt, 0):
                 lost = LogRefused(_NO_END) if state.greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
@@ -161,8 +159,7 @@ class LogOwnership:
                 raise lost
             if not was_written_by(state.holder, self._nonce, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
-            length = state.length
-        log.begin_attempt(attempt, length - 1)
+        log.begin_attempt(attempt, (state.length if isinstance(state, LogState) else state) - 1)
 
     async def seal(
         self, log: LogWriter, delivery: Delivery, end: Terminal, tombstone: Tombstone, *, retention: int,
@@ -278,28 +275,18 @@ class LogOwnership:
 
     async def _claim(
         self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0
-    ) -> int | None:
-        """Write `<attempt>-0`, which fences every earlier attempt. Returns the log's length; None if Redis refused."""
+    ) -> int | LogState:
+        """Write `<attempt>-0`, which fences every earlier attempt. Returns the log's length; if refused, its state."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self.worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
-        key = self._keys.tokens(request_id)
-        add = _packed("XADD", key, "NOMKSTREAM", str(claimed.id), *chain(*to_fields(claimed).items()))
-        try:
-            with _raises_log_refused():
-                written, length = await self._batcher.execute(key, add + _packed("XLEN", key), 2)
-        except ResponseError as error:
-            if is_id_taken(error):
-                return None
-            raise
-        if written is None:
-            return None
-        self._publish(request_id, claimed)
-        return int(length)
-
-    def _publish(self, request_id: str, entry: Entry) -> None:
-        self._publisher.publish(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
+        fields = to_fields(claimed)
+        reply = await self._run(CLAIM, request_id, str(claimed.id), *chain(*fields.items()))
+        if isinstance(reply, LogState):
+            return reply
+        self._publisher.publish(self._keys.feed(request_id), [(str(claimed.id), fields)])
+        return int(reply[0])
 
 
 @contextmanager
@@ -312,10 +299,6 @@ def _raises_log_refused() -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
-
-
-def _packed(*words: str) -> bytes:
-    return pack(*[word.encode() for word in words])
 
 
 def _is_reused(state: LogState, delivery: Delivery, matches_digest: Callable[[str], bool]) -> bool:
