@@ -73,6 +73,31 @@ class Delivery:
         return int(self.id.partition("-")[0])
 
 
+async def give_up(
+    redis: Redis, keys: Keys, consumer: str, lease_ms: int, jobs: Sequence[tuple[Delivery, str, int]]
+) -> list[bool | Exception]:
+    """Move a worker's jobs to pseudo-consumers, without raising their delivery counts.
+
+    Each job is given with its pseudo-consumer and its idle time there in ms. Returns for each whether the worker still
+    had the job, or the error with which Redis refused. If the reply is lost, this may be repeated.
+    """
+    pipe = redis.pipeline(transaction=False)
+    for job, _, _ in jobs:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
+        pipe.xpending_range(keys.jobs(job.queue), GROUP, job.id, job.id, 1, consumer)
+    held = await pipe.execute(raise_on_error=False) if jobs else []
+    for (job, pseudo_consumer, idle), pending in zip(jobs, held, strict=True):
+        if pending and not isinstance(pending, Exception):
+            least = max(0, pending[0]["time_since_delivered"] - lease_ms // 2)
+            # The claim of the next owner adds one, which gives the count of this owner's delivery.
+            count = job.count - 1
+            pipe.xclaim(
+                keys.jobs(job.queue), GROUP, pseudo_consumer, least, [job.id], idle=idle, retrycount=count, justid=True
+            )
+    replies = iter(await pipe.execute(raise_on_error=False))
+    results = [pending if not pending or isinstance(pending, Exception) else next(replies) for pending in held]
+    return [result if isinstance(result, Exception) else bool(result) for result in results]
+
+
 class JobQueue:
     """One worker's access to the job streams. `consumer` is unique to the process; `lease` is in seconds.
 
@@ -157,27 +182,8 @@ class JobQueue:
 
         The results are those of `renew_leases`.
         """
-        pipe = self._commands.pipeline(transaction=False)
-        for delivery in deliveries:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
-            pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, self._consumer)
-        held = await pipe.execute(raise_on_error=False)
-        for delivery, pending in zip(deliveries, held, strict=True):
-            if not pending or isinstance(pending, Exception):
-                continue
-            pipe.xclaim(
-                self._keys.jobs(delivery.queue),
-                GROUP,
-                HANDED_OVER,
-                max(0, pending[0]["time_since_delivered"] - self._lease_ms // 2),
-                [delivery.id],
-                idle=HANDED_OVER_IDLE,
-                # The claim of the next owner adds one, which gives the count of this owner's delivery.
-                retrycount=delivery.count - 1,
-                justid=True,
-            )
-        replies = iter(await pipe.execute(raise_on_error=False))
-        results = [pending if not pending or isinstance(pending, Exception) else next(replies) for pending in held]
-        return [result if isinstance(result, Exception) else bool(result) for result in results]
+        jobs = [(delivery, HANDED_OVER, HANDED_OVER_IDLE) for delivery in deliveries]
+        return await give_up(self._commands, self._keys, self._consumer, self._lease_ms, jobs)
 
     async def idle_times(self, deliveries: Sequence[Delivery]) -> list[float | None]:
         """For each job the seconds for which its entry has been idle with this worker; None if it is not with it."""

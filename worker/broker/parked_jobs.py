@@ -11,10 +11,10 @@ from zlib import crc32
 
 from redis.asyncio import Redis
 
-from ..contract.keys import GROUP, Keys
+from ..contract.keys import Keys
 from .claims import claim, list_pending
 from .consumers import DEADLINE_IDLE, LEAST_PARKED, LONGEST_WAIT, WAITING, ConsumerState, consumers_of, is_line
-from .job_queue import Delivery
+from .job_queue import Delivery, give_up
 
 _MOST_ROUNDS = 64
 """The most claims in a row that get no job. Other workers have got the listed jobs, or they were deleted."""
@@ -114,33 +114,11 @@ class ParkedJobs:
         return lines_among(queue, await consumers_of(self._commands, self._keys.jobs(queue)))
 
     async def park(self, jobs: Sequence[ParkedJob]) -> list[bool | Exception]:
-        """Give up jobs until some worker has room for them, without raising their delivery counts.
-
-        Returns for each whether this worker still had the job, or the error with which Redis refused. If the reply is
-        lost, this may be repeated.
-        """
-        pipe = self._commands.pipeline(transaction=False)
-        for job in jobs:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
-            key, entry = self._keys.jobs(job.delivery.queue), job.delivery.id
-            pipe.xpending_range(key, GROUP, entry, entry, 1, self._consumer)
-        held = await pipe.execute(raise_on_error=False) if jobs else []
-        for job, pending in zip(jobs, held, strict=True):
-            if not pending or isinstance(pending, Exception):
-                continue
-            pipe.xclaim(
-                self._keys.jobs(job.delivery.queue),
-                GROUP,
-                job.line,
-                max(0, pending[0]["time_since_delivered"] - self._lease_ms // 2),
-                [job.delivery.id],
-                idle=DEADLINE_IDLE - max(-LONGEST_WAIT, min(job.deadline - self._now(), LONGEST_WAIT)),
-                # The claim of the next owner adds one, which gives the count of this owner's delivery.
-                retrycount=job.delivery.count - 1,
-                justid=True,
-            )
-        replies = iter(await pipe.execute(raise_on_error=False))
-        results = [pending if not pending or isinstance(pending, Exception) else next(replies) for pending in held]
-        return [result if isinstance(result, Exception) else bool(result) for result in results]
+        """Give up jobs until some worker has room for them. The results are those of `give_up`."""
+        now = self._now()
+        idles = [DEADLINE_IDLE - max(-LONGEST_WAIT, min(job.deadline - now, LONGEST_WAIT)) for job in jobs]
+        moves = [(job.delivery, job.line, idle) for job, idle in zip(jobs, idles, strict=True)]
+        return await give_up(self._commands, self._keys, self._consumer, self._lease_ms, moves)
 
     async def take(self, line: ParkedLine, count: int) -> list[Delivery]:
         """Take up to `count` jobs of a line, the oldest first. Of several workers that try, each gets other jobs."""
