@@ -156,6 +156,7 @@ async def test_a_missing_or_wrong_password_is_found_with_its_fix(
     for bad in (url, url.replace("//", "//:wrong-pw@")):
         (refused,) = about(await found(redis_url=bad, vllm_urls=simulator.url), "Redis")
         assert refused.level == "error"
+        assert "HELLO" not in refused.message
         assert "redis://:PASSWORD@host" in refused.fix
         assert "-pw" not in str(refused)
     good = about(await found(redis_url=url.replace("//", "//:hidden-pw@"), vllm_urls=simulator.url), "Redis")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -12,7 +13,7 @@ from waits import eventually
 from worker.redisio.advice import advice_on
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.errors import is_connection_refused
-from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.embedded_redis import free_port, start_redis
 
 
 @pytest.fixture
@@ -65,6 +66,30 @@ async def test_a_connection_that_is_closed_at_once_has_the_reason_if_there_is_on
         assert is_connection_refused(refusal.value) is is_refusal
         await redis.aclose()
         await eventually(all_are_closed)
+
+
+@pytest.mark.parametrize("login", ["", "modest:x@"])
+async def test_a_new_connection_sends_nothing_that_its_user_has_no_right_to(login: str, redis_binary: Path) -> None:
+    rules = "reset", "on", ">x", "~*", "+get"
+    with start_redis(redis_binary, "--user", "admin", "on", ">x", "~*", "&*", "+@all") as server:
+        async with command_client(server.url.replace("//", "//admin:x@")) as admin:
+            for user in (("modest", *rules), ("default", *rules, "nopass")):
+                await admin.execute_command("ACL SETUSER", *user)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
+            async with command_client(server.url.replace("//", f"//{login}")) as redis:
+                assert await redis.get("k") is None
+            assert await admin.acl_log() == []
+
+
+async def test_a_server_that_does_not_know_the_command_of_the_handshake_is_used() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1024):
+            writer.write(b"+PONG\r\n" if b"PING" in data else b"-ERR unknown command\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        redis = command_client(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        assert await redis.ping()
+        await redis.aclose()
 
 
 async def test_where_nothing_listens_the_error_says_so() -> None:

@@ -146,6 +146,7 @@ def _client(url: str, *, timeout: float, block: float = 0.0, connections: int) -
         "retry": _NoRetry(NoBackoff(), 0),
         "parser_class": _SilenceLimitParser,
         "redis_connect_func": handshake,
+        "driver_info": None,  # no CLIENT SETINFO, which Redis refuses to most users and then records in its ACL LOG
         "socket_connect_timeout": timeout,
         "socket_timeout": block + timeout,
         "max_connections": connections,

@@ -10,8 +10,8 @@ from typing import cast
 
 from redis._parsers.base import BaseParser
 from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 _REASON_TIMEOUT = 0.5
 """Seconds that Redis has to send the reason. It sends the reason in the step in which it accepts the connection."""
@@ -20,15 +20,35 @@ _REASON_TIMEOUT = 0.5
 async def handshake(connection: AbstractConnection) -> None:
     """Log in and select the database, as redis-py does: the `redis_connect_func` of every connection.
 
+    redis-py sends nothing if the URL has no login, name or database. HELLO then takes the place of its commands.
+
     Raises:
         RedisError: the reason that Redis sends for closing the connection, or else the error of redis-py.
     """
     try:
         await connection.on_connect()
+        if not (connection.username or connection.password or connection.client_name or connection.db):
+            await _wait_accepted(connection)
     except RedisConnectionError as error:
         if type(error) is not RedisConnectionError:  # a subclass, such as a refused login, has the reason
             raise
         raise await _reason_of_closing(connection) or error from None
+
+
+async def _wait_accepted(connection: AbstractConnection) -> None:
+    """Wait for a reply to HELLO, which no rule of an ACL refuses.
+
+    An error may be the reason for which Redis closes the connection: only the next reply shows that it stays open.
+    """
+    for _ in range(2):
+        await connection.send_command("HELLO", check_health=False)
+        try:
+            await connection.read_response()
+        except ResponseError:  # or a proxy does not know HELLO
+            continue
+        except AuthenticationError as error:  # its text explains how HELLO can log in
+            raise AuthenticationError("Authentication required.", status_code=error.status_code) from None
+        return
 
 
 async def _reason_of_closing(connection: AbstractConnection) -> RedisError | None:

@@ -91,7 +91,8 @@ def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN40
     no login, and then with the master's.
     """
     secure = options.pop("connection_class", None) is SSLConnection
-    shared = {name: value for name, value in options.items() if name.startswith(("ssl_", "protocol", "retry"))}
+    of_both = ("ssl_", "protocol", "retry", "driver_info")
+    shared = {name: value for name, value in options.items() if name.startswith(of_both)}
     limits = {"socket_timeout": _SENTINEL_TIMEOUT, "socket_connect_timeout": _SENTINEL_TIMEOUT}
     master_login = {name: url.options[name] for name in ("username", "password") if name in url.options}
     logins: list[Mapping[str, Any]] = (
