@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 
 from worker.broker.log_scripts import BEGIN, CLAIM, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED
 from worker.redisio.batching import CommandBatcher
-from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, report_outcome
+from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
@@ -211,7 +211,7 @@ def _report(callback: Callback, task: "asyncio.Task[list[Any]]") -> None:
     if task.cancelled():  # the process was killed, and somebody in this one waits for the reply
         callback(RedisConnectionError("killed"))
     else:
-        report_outcome(callback, task)
+        callback(cast("Exception | None", task.exception()) or task.result())
 
 
 def gated(gate: Gate) -> type[PipelinedConnection]:

@@ -8,7 +8,6 @@ each reply. This module uses private parts of redis-py's connections.
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain, islice
 from typing import Any, Self, TypeAlias, cast
 
@@ -23,8 +22,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from .cluster import slot_of
 from .unsent import unsent
 
-Packed: TypeAlias = tuple[bytes, int]
-"""Packed commands, and their number."""
 Command: TypeAlias = tuple[str, bytes, int]
 """A key, packed commands on that key, and the number of commands."""
 Outcome: TypeAlias = list[Any] | Exception
@@ -204,23 +201,6 @@ class PipelinedConnection(DirectConnection):
         self._finish(connection_lost_error())
         super().connection_lost(exc)
 
-    async def execute_multi(self, groups: list[list[Packed]]) -> list[Any]:
-        """Send each group of commands in a MULTI of its own, and return all replies, errors among them as values.
-
-        Raises:
-            RedisError: the reason why Redis refused a MULTI; it may have executed others.
-        """
-        parts = [part for commands in groups for part in (_MULTI, *[packed for packed, _ in commands], _EXEC)]
-        counts = [sum([count for _, count in commands]) + 2 for commands in groups]
-        replies = iter(await self.execute(b"".join(parts), sum(counts)))
-        executed: list[Any] = []
-        for count in counts:
-            outcome = _result_of_exec(list(islice(replies, count)))
-            if isinstance(outcome, Exception):
-                raise outcome
-            executed += outcome
-        return executed
-
 
 class NodeConnections:
     """The publisher's connection to one server, opened again after each loss.
@@ -293,8 +273,15 @@ class NodeConnections:
         if connection is None:
             callback(connection_lost_error())
         elif self._by_slot:
-            task = asyncio.ensure_future(_execute_by_slot(connection, commands))
-            task.add_done_callback(partial(report_outcome, callback))
+            groups = _by_slot(commands)
+            parts = [part for group in groups for part in (_MULTI, *[commands[number][1] for number in group], _EXEC)]
+            connection.send(
+                b"".join(parts),
+                sum([count for _, _, count in commands]) + 2 * len(groups),
+                lambda outcome: callback(
+                    outcome if isinstance(outcome, Exception) else _results_of_execs(commands, groups, outcome)
+                ),
+            )
         else:
             connection.send(
                 b"".join([_MULTI, *[packed for _, packed, _ in commands], _EXEC]),
@@ -303,23 +290,25 @@ class NodeConnections:
             )
 
 
-async def _execute_by_slot(connection: PipelinedConnection, commands: Sequence[Command]) -> list[Any]:
-    """Send commands in a MULTI for each slot, and return their replies in the order of the commands."""
+def _by_slot(commands: Sequence[Command]) -> list[list[int]]:
+    """The numbers of the commands of each slot."""
     slots: dict[int, list[int]] = {}
     for number, (key, _, _) in enumerate(commands):
         slots.setdefault(slot_of(key), []).append(number)
-    groups = [[commands[number][1:] for number in numbers] for numbers in slots.values()]
-    executed = iter(await connection.execute_multi(groups))
-    replies: list[list[Any]] = [[] for _ in commands]
-    for number in chain.from_iterable(slots.values()):
-        replies[number] = list(islice(executed, commands[number][2]))
-    return list(chain.from_iterable(replies))
+    return list(slots.values())
 
 
-def report_outcome(callback: Callback, task: asyncio.Task[list[Any]]) -> None:
-    """Call `callback` with the result or error of a task, unless the task was cancelled."""
-    if not task.cancelled():
-        callback(cast("Exception | None", task.exception()) or task.result())
+def _results_of_execs(commands: Sequence[Command], groups: list[list[int]], replies: list[Any]) -> Outcome:
+    """The replies in the order of the commands, from all replies to a MULTI for each group; or a reason as below."""
+    remaining, in_order = iter(replies), [list[Any]() for _ in commands]
+    for group in groups:
+        outcome = _result_of_exec(list(islice(remaining, sum([commands[number][2] for number in group]) + 2)))
+        if isinstance(outcome, Exception):
+            return outcome
+        executed = iter(outcome)
+        for number in group:
+            in_order[number] = list(islice(executed, commands[number][2]))
+    return list(chain.from_iterable(in_order))
 
 
 def _result_of_exec(replies: list[Any]) -> Outcome:
