@@ -171,6 +171,26 @@ async def test_a_delivery_has_the_count_of_deliveries(group: Group, redis: Redis
     assert counts == [1, 2, 3]
 
 
+async def test_a_hand_over_leaves_a_job_that_another_worker_takes_in_the_same_moment(
+    redis_proxy: Proxy, redis: Redis
+) -> None:
+    group = Group(redis_proxy.redis_url)
+    one = group.consumer("one", lease=60)
+    await one.ensure_group("default")
+    (entry,) = await add(redis, 1)
+    (delivery,) = await one.read_new("default", 1, 100)
+    await expired(redis, entry, idle=61_000)
+    claim = redis_proxy.hold(rb"^XCLAIM")
+    giving = asyncio.create_task(one.hand_over([delivery]))
+    await claim.met.wait()
+    await redis.xclaim("chat:jobs", GROUP, "two", 60_000, [entry])
+    claim.release()
+    assert await giving == [False]
+    assert await owner_of(redis, entry) == b"two"
+    await group.commands.aclose()
+    await group.blocking.aclose()
+
+
 async def test_a_hand_over_after_a_lost_reply_does_not_raise_the_count_either(group: Group, redis: Redis) -> None:
     """A claim of a job that already runs here raises Redis's count, not the delivery's."""
     (entry,) = await add(redis, 1)

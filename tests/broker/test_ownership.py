@@ -19,6 +19,7 @@ from worker.broker.replicas import Replicas
 from worker.contract.entries import Cancelled, Failed
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
+from worker.redisio.errors import TooFewReplicas
 from worker.redisio.retry import RetryUntilAvailable
 
 
@@ -331,6 +332,19 @@ async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery
     assert not await one.owner.finalize("r", STONE, retention=60, remember=120)
     assert not await redis.exists("chat:ended:{r}")
     assert await redis.ttl(KEY) > 60
+
+
+async def test_an_end_that_is_lost_waits_for_no_replica(one: Process, delivery: Delivery) -> None:
+    """The failover that lost the end may have left a master without replicas."""
+    owner = LogOwnership(
+        one.batcher, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1,
+        replicas=Replicas(1, wait=0.01),
+    )  # fmt: skip
+    log = await one.acquire(delivery)
+    assert not await owner.finalize("r", STONE, retention=60, remember=120)
+    await one.seal(log)
+    with pytest.raises(TooFewReplicas):
+        await owner.finalize("r", STONE, retention=60, remember=120)
 
 
 async def test_a_lost_log_is_recreated_by_its_owner_only(
