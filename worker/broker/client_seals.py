@@ -16,7 +16,6 @@ from ..contract.entries import (
     Cancelled,
     Entry,
     Failed,
-    Fields,
     Queued,
     Started,
     is_terminal,
@@ -43,7 +42,7 @@ USAGE_TRIES = 4
 
 _ANY, _SEALED = "*", 1
 
-_SEAL = f"""{LOG_FUNCTIONS}
+_SEAL = Script(f"""{LOG_FUNCTIONS}
 local function check(...)
   local reply, failed = try(...)
   if failed and not reply.err:find('not an integer', 1, true) then error({{reply}}) end
@@ -51,33 +50,19 @@ end
 if ARGV[1] ~= '{_ANY}' and last_id() ~= ARGV[1] then return 0 end
 check('SET', KEYS[2], '', 'EX', '')
 check('EXPIRE', KEYS[1], '')
-"""
-"""The beginning of the scripts that seal. ARGV[1] is the id that the last entry must have, or `*`.
-
-`check` tries a command with an argument that no Redis accepts: a user without the right to it seals nothing. Otherwise
-the log would be sealed and kept without an expiry, and a repeated call would take it for ended.
-"""
-
-_CANCEL = Script(f"""{_SEAL}
-if not add('{SEAL}', unpack(ARGV, 5)) then return 2 end
+if ARGV[5] == '1' and call('EXISTS', KEYS[2]) == 1 or not add('{SEAL}', unpack(ARGV, 6)) then return 2 end
 call('EXPIRE', KEYS[1], ARGV[2])
 call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4], 'NX')
 return 1
 """)
-"""Seals a log, or begins it with the seal. Returns 1; 0 if its last entry is another; 2 if it has, or had, a seal.
+"""Seals a log, or begins it with the seal. Returns 1; 0 if its last entry is another; 2 if the request has ended.
 
-ARGV: see `_SEAL`; seconds until the log expires; the tombstone, and seconds until that expires; the words of the seal.
+ARGV: the id that the last entry must have, or `*`; seconds until the log expires; the tombstone, and seconds until that
+expires; 1 if a tombstone shows that the request has ended, which else only a seal does; the words of the seal.
+
+`check` tries a command with an argument that no Redis accepts: a user without the right to it seals nothing. Otherwise
+the log would be sealed and kept without an expiry, and a repeated call would take it for ended.
 """
-
-_END_OVERDUE = Script(f"""{_SEAL}
-if call('EXISTS', KEYS[2]) == 1 then return 0 end
-local left = call('TTL', KEYS[1])
-if not add('{SEAL}', unpack(ARGV, 5)) then return 0 end
-call('SET', KEYS[2], ARGV[3], 'EX', math.max(ARGV[4], left))
-if left < 0 then call('EXPIRE', KEYS[1], ARGV[2]) end
-return 1
-""")
-"""Seals a log that has no tombstone, as `_CANCEL` does, but keeps the log's expiry. Returns whether it did."""
 
 _MESSAGE = "the deadline of the job passed before a worker took it: none serves its queue, or all were busy"
 
@@ -98,13 +83,10 @@ async def cancel(redis: Redis, keys: Keys, request_id: str) -> bool:
     while not (log and is_terminal(log[-1])):  # Redis refuses a range that begins after the greatest id
         so_far, first = Answer(log), log[0] if log else None
         last = str(log[-1].id) if log else ""
-        seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if tries_left else {}, model=so_far.model))
+        end = Cancelled(id=SEAL, usage=so_far.usage if tries_left else {}, model=so_far.model)
         digest = first.digest if isinstance(first, Queued | Started) else ""
-        tombstone = Tombstone(outcome=Cancelled.type, time=now, digest=digest)
-        outcome = await _run(_CANCEL, redis, keys, request_id, last if tries_left else _ANY, tombstone, seal)
-        if outcome:
-            if outcome == _SEALED:
-                await _publish(redis, keys, request_id, seal)
+        tombstone = Tombstone(outcome=end.type, time=now, digest=digest)
+        if outcome := await _seal(redis, keys, request_id, last if tries_left else _ANY, end, tombstone):
             return outcome == _SEALED
         tries_left -= 1  # an entry was added meanwhile
         unread = await redis.xrange(key, min=f"({last}" if last else "-")
@@ -126,16 +108,16 @@ async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
         RedisError: when Redis returns an error. A caller that repeats this after a lost reply finds the seal. A user
             with the right to read and not to write gets the error only if there is something to seal.
     """
-    overdue = await _read_overdue(redis, keys.tokens(request_id))
-    if overdue is None:
+    key = keys.tokens(request_id)
+    tail = cast("list[RawEntry]", await redis.xrevrange(key, count=1))
+    last, now = parse_leniently(*tail[0]) if tail else None, await redis_time_ms(redis)
+    if not isinstance(last, Queued) or not _is_overdue(last, now):
         return False
-    last, now = overdue
-    seal = to_fields(Failed(id=SEAL, code="deadline", message=_MESSAGE))
-    tombstone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
-    if await _run(_END_OVERDUE, redis, keys, request_id, str(last.id), tombstone, seal) != _SEALED:
-        return False  # a worker started or ended the request meanwhile
-    await _publish(redis, keys, request_id, seal)
-    return True
+    end = Failed(id=SEAL, code="deadline", message=_MESSAGE)
+    tombstone = Tombstone(outcome=end.type, time=now, digest=last.digest)
+    left = max(0, await redis.ttl(key)) or _RETENTION  # the log keeps its expiry
+    outcome = await _seal(redis, keys, request_id, str(last.id), end, tombstone, left, heeds_tombstone=True)
+    return outcome == _SEALED
 
 
 async def redis_time_ms(redis: Redis) -> int:
@@ -144,27 +126,24 @@ async def redis_time_ms(redis: Redis) -> int:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-async def _read_overdue(redis: Redis, key: str) -> tuple[Queued, int] | None:
-    """The last entry of a log and the time in Unix ms, if that entry is `queued` and its deadline has passed."""
-    tail = cast("list[tuple[bytes, dict[bytes, bytes]]]", await redis.xrevrange(key, count=1))
-    last, now = parse_leniently(*tail[0]) if tail else None, await redis_time_ms(redis)
-    return (last, now) if isinstance(last, Queued) and _is_overdue(last, now) else None
-
-
 def _is_overdue(queued: Queued, now: int) -> bool:
     return bool(queued.deadline) and now >= queued.deadline + GRACE * 1000
 
 
-async def _run(
-    script: Script, redis: Redis, keys: Keys, request_id: str, last: str, tombstone: Tombstone, seal: Fields
-) -> int:
-    both = keys.tokens(request_id), keys.ended(request_id)
-    words = last, str(_RETENTION), to_json(tombstone), str(_REMEMBER), *chain(*seal.items())
-    return cast("int", await script.run_on(redis, both, words))
+async def _seal(
+    redis: Redis, keys: Keys, request_id: str, last: str, end: Cancelled | Failed, tombstone: Tombstone,
+    retention: int = _RETENTION, *, heeds_tombstone: bool = False,
+) -> int:  # fmt: skip
+    """Seal a log and notify workers and followers. Returns what the script returns.
 
-
-async def _publish(redis: Redis, keys: Keys, request_id: str, seal: Fields) -> None:
-    """Notify workers and followers of a seal. A user may lack the right to publish, which is only for speed."""
+    A user may lack the right to publish, which is only for speed.
+    """
+    seal = to_fields(end)
+    times = str(retention), to_json(tombstone), str(max(retention, _REMEMBER))
+    words = last, *times, str(int(heeds_tombstone)), *chain(*seal.items())
+    outcome = cast("int", await _SEAL.run_on(redis, (keys.tokens(request_id), keys.ended(request_id)), words))
+    if outcome != _SEALED:
+        return outcome
     pipe = redis.pipeline(transaction=False)
     pipe.publish(keys.cancel, request_id)
     message = keys.feed(request_id), to_json([[str(SEAL), seal]])
@@ -172,3 +151,4 @@ async def _publish(redis: Redis, keys: Keys, request_id: str, seal: Fields) -> N
     if isinstance(redis, ClusterClient):  # the feed is sharded there, with Redis 7
         pipe.execute_command("SPUBLISH", *message)
     await pipe.execute(raise_on_error=False)
+    return outcome
