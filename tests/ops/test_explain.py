@@ -85,6 +85,18 @@ async def test_a_job_of_a_plain_xadd_is_found_in_its_queue_before_a_worker_start
     await redis.delete("chat:jobs:other")
 
 
+async def test_the_id_of_a_job_tells_the_story_of_its_request(redis: Redis, client: Client) -> None:
+    """`worker top` shows a job by its id if the lifecycle no longer has its start."""
+    await redis.sadd("chat:queues", "a-text")
+    await redis.set("chat:jobs:a-text", "of another program", ex=60)
+    request_id = await client.enqueue(REQUEST, queue="other")
+    job = (await stream(redis, "chat:jobs:other"))[-1][0].decode()
+    story = await story_of(redis, job)
+    assert (story.id, story.state, story.queue, story.job) == (request_id, "waiting", "other", job)
+    assert (await story_of(redis, "1-1")).state == "unknown"
+    await redis.delete("chat:jobs:other", "chat:jobs:a-text")
+
+
 async def test_in_a_queue_in_use_a_job_of_a_plain_xadd_is_found_without_the_right_to_search_all_keys(
     redis: Redis, redis_url: str
 ) -> None:

@@ -1,5 +1,6 @@
 """The story of one request, from its log, tombstone, lifecycle, queue and dead letter, without any content."""
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias, cast
@@ -35,6 +36,7 @@ from ..engine.outline import BETWEEN_MODELS
 from ..redisio.errors import is_permission_denied
 from ..redisio.scripts import Script
 from .queues import find_queues, used_queues
+from .suspects import request_ids
 
 State: TypeAlias = Literal["unknown", "waiting", "running", "ended", "expired"]
 
@@ -125,11 +127,18 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
-    """Tell what is known of a request.
+    """Tell what is known of a request. `request_id` may also be the id of its job, as operators see it.
 
     Raises:
         RedisError: when Redis does not answer, or denies the right to read the log.
     """
+    story = await _tell(redis, keys, request_id)
+    if story.state == "unknown" and (of_job := await _request_of_job(redis, keys, request_id)):
+        return await _tell(redis, keys, of_job)
+    return story
+
+
+async def _tell(redis: Redis, keys: Keys, request_id: str) -> Story:
     pipe = redis.pipeline(transaction=False)
     pipe.get(keys.ended(request_id))
     pipe.pttl(keys.ended(request_id))
@@ -225,6 +234,17 @@ async def _entries(redis: Redis, key: str) -> AsyncIterator[AnyEntry]:
             if entry.id == SEAL:  # no id is greater, so Redis would refuse the next page
                 return
         after = f"({page[-1][0].decode()}"
+
+
+async def _request_of_job(redis: Redis, keys: Keys, job: str) -> str:
+    """The request of a job that is in a queue in use; empty if there is no such job, or it is not readable."""
+    if re.fullmatch(r"\d{1,15}-\d{1,15}", job):
+        with suppress(ResponseError):
+            for queue in sorted(await used_queues(redis, keys)):
+                with suppress(ResponseError):  # the key of a queue may have another type
+                    if request_id := (await request_ids(redis, keys.jobs(queue), [job]))[0]:
+                        return request_id
+    return ""
 
 
 async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:

@@ -1,6 +1,6 @@
 """Jobs that may kill their workers: pending jobs that were delivered again and again, and those that were buried."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -53,11 +53,17 @@ async def find_suspects(redis: Redis, key: str) -> list[Suspect]:
     found = [one for one in found if not is_pseudo_consumer(one[1])]
     if not found:
         return []
-    ids = cast("list[bytes]", await _REQUEST_IDS.run_on(redis, [key], [job for job, _, _ in found]))
+    ids = await request_ids(redis, key, [job for job, _, _ in found])
     return [
-        Suspect(job=job, request=raw.decode("utf-8", "replace"), worker=worker, deliveries=deliveries)
-        for (job, worker, deliveries), raw in zip(found, ids, strict=True)
+        Suspect(job=job, request=request_id, worker=worker, deliveries=deliveries)
+        for (job, worker, deliveries), request_id in zip(found, ids, strict=True)
     ]
+
+
+async def request_ids(redis: Redis, key: str, jobs: Sequence[str]) -> list[str]:
+    """The request ids of jobs of a queue; empty for a job that is not there, or has none."""
+    ids = cast("list[bytes]", await _REQUEST_IDS.run_on(redis, [key], jobs))
+    return [raw.decode("utf-8", "replace") for raw in ids]
 
 
 def poison_findings(queue: str, suspects: Iterable[Suspect]) -> list[Finding]:
