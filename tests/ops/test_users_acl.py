@@ -18,6 +18,7 @@ from gateway_fixtures import KEY_A, StartGateway
 from redis.asyncio import Redis
 from redis_usage import Command, RedisUsage
 from waits import eventually
+from written_log import let_deadline_pass
 
 from worker import Claimed, Client, Delta, Entry
 from worker.broker.lifecycle_group import LifecycleGroup
@@ -46,13 +47,14 @@ SCALING = ("INFO", "XLEN chat:jobs", "XPENDING chat:jobs workers", "XINFO GROUPS
 SELDOM_USED = {
     "worker": {"+exists", "+info", "+ping"},
     "reader": {"+time"},
-    "gateway": {"+ping", "+xread"},
+    "gateway": {"+ping", "+ttl", "+xread"},
     "operator": {"+acl|log", "+memory|usage", "+ping", "+pttl", "+pubsub|numsub", "+unsubscribe", "+xread"},
 }
 """Rights for what the test does not wait for: the search for the end of a job that was added twice, the INFO of
-`worker check`, a PING on a silent subscription, the clock of Redis when a deadline seems to have passed, reads of
-the log while there is no feed, the end of a subscription, the forecast of memory from more requests than the test has,
-and the connections of workers that are silent. MONITOR does not show ACL LOG."""
+`worker check`, a PING on a silent subscription, the clock of Redis when a deadline seems to have passed, the end of a
+request whose deadline has passed, reads of the log while there is no feed, the end of a subscription, the forecast of
+memory from more requests than the test has, and the connections of workers that are silent. MONITOR does not show ACL
+LOG."""
 
 
 def is_old(redis_binary: Path) -> bool:
@@ -216,9 +218,11 @@ async def use_workers_and_clients(
     """Run jobs of every kind from start to end, with a hand-over, a burial and a cancel, and follow them."""
     first = await start_worker(simulator, redis_url=urls["worker"], lease=1)
     async with Client(urls["producer"], queue_limit=100) as client, Client(urls["reader"]) as reader:
-        await client.enqueue(REQUEST, queue="new")
+        late = await client.enqueue(REQUEST, queue="new", timeout=0.01)
         assert await admin.xinfo_groups("chat:jobs:new")
         await admin.delete("chat:jobs:new")
+        await let_deadline_pass(admin, late)
+        assert (await client.status(late)).outcome == "error", "the client ends what no worker has begun"
         for request in (REQUEST, REQUEST | {"simulate": {"fault": "cut", "after": 3, "times": 1}}):
             request_id = await client.enqueue(request)
             assert (await reader.result(request_id)).text == answer_to(MESSAGES)
