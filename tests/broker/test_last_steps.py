@@ -84,6 +84,20 @@ async def test_a_last_step_that_redis_refuses_leaves_it_and_the_later_ones_to_th
     assert await redis.type("chat:lifecycle") == (b"string" if refused == "xadd" else b"stream")
 
 
+async def test_a_feed_that_redis_is_known_to_refuse_keeps_no_job_from_being_settled(
+    redis_url: str, redis: Redis
+) -> None:
+    await redis.acl_setuser("silent", enabled=True, passwords="+pw", keys=["*"], categories=["+@all"])
+    try:
+        async with process(redis_url.replace("//", "//silent:pw@"), "one") as one:
+            delivery = await deliver(one, redis)
+            log = await one.acquire(delivery)
+            one.publisher.feed.is_muted = True
+            assert await end(one.owner, log, delivery)
+    finally:
+        await redis.acl_deluser("silent")
+
+
 async def test_the_job_is_not_settled_with_the_seal_if_replicas_must_have_it(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:

@@ -145,6 +145,14 @@ async def test_an_owner_stops_when_another_began_its_next_attempt_and_the_entry_
         await one.owner.next_attempt(log, delivery, "diverged")
 
 
+async def test_a_next_attempt_does_not_begin_a_log_that_is_gone(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.acquire(delivery)
+    await redis.delete(KEY)
+    with pytest.raises(LogGone):
+        await one.owner.next_attempt(log, delivery, "diverged")
+    assert not await redis.exists(KEY)
+
+
 async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:

@@ -147,6 +147,7 @@ async def test_an_unreadable_tombstone_stops_nobody_while_the_log_exists(client:
     assert await client.enqueue(ASK, id="r") == "r"
     assert (await client.cancel("r")).state is State.QUEUED
     assert (await client.result("r")).outcome == "cancelled"
+    assert await redis.get("chat:ended:{r}") == b"x", "a tombstone is not changed"
 
 
 @pytest.mark.parametrize("name", ["follow", "pour", "result"])
