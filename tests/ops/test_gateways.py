@@ -38,11 +38,10 @@ async def shown(url: str) -> list[dict[str, Any]]:
 
 
 async def test_status_shows_each_gateway_with_its_version_address_and_open_streams(
-    redis_url: str, redis: Redis, start_gateway_process: StartGatewayProcess
+    redis_url: str, redis: Redis, start_gateway_process: StartGatewayProcess, http: httpx.AsyncClient
 ) -> None:
     processes = [await start_gateway_process(drain_delay=60), await start_gateway_process()]
-    async with httpx.AsyncClient() as http:
-        request_id = (await http.post(f"{processes[0].url}/requests", json=JOB)).json()["id"]
+    request_id = (await http.post(f"{processes[0].url}/requests", json=JOB)).json()["id"]
     stream = await EventReader.open(processes[0].port, f"/requests/{request_id}/events")
 
     async def are_shown() -> bool:

@@ -17,14 +17,14 @@ from ..redisio.scripts import Script
 KEPT = 150
 """Seconds for which the record of a gateway stays that has not removed it, as that of a worker with a usual lease."""
 
-# KEYS: the set. ARGV: the record, the one that was written before it, and seconds for which a record is kept.
+# KEYS: the set. ARGV: the record, seconds for which a record is kept, and the process's earlier records.
 _RENEW = Script("""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 call('ZADD', KEYS[1], now, ARGV[1])
-if ARGV[2] ~= ARGV[1] then call('ZREM', KEYS[1], ARGV[2]) end
-call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3] * 1000)
-return call('EXPIRE', KEYS[1], ARGV[3])
+if ARGV[3] then call('ZREM', KEYS[1], unpack(ARGV, 3)) end
+call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2] * 1000)
+return call('EXPIRE', KEYS[1], ARGV[2])
 """)
 
 
@@ -34,19 +34,24 @@ class GatewayRegistry:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._key = keys.gateway_processes
-        self._written = ""
+        self._stored = set[str]()
+        """What may be stored: the record that was written last, and those whose writes had no reply."""
 
     async def write(self, record: GatewayRecord) -> None:
         """Renew this process's record. If Redis refuses that, the record becomes old, and the gateway serves on."""
-        former, self._written = self._written, to_json(record)
-        with suppress(ResponseError):
-            await _RENEW.run_on(self._redis, [self._key], [self._written, former, str(KEPT)])
+        text, former = to_json(record), self._stored
+        self._stored = former | {text}
+        try:
+            await _RENEW.run_on(self._redis, [self._key], [text, str(KEPT), *sorted(former - {text})])
+            self._stored = {text}
+        except ResponseError:
+            self._stored = former
 
     async def remove(self) -> None:
         """Remove this process's record."""
-        if self._written:
+        if self._stored:
             with suppress(ResponseError):
-                await self._redis.zrem(self._key, self._written)
+                await self._redis.zrem(self._key, *self._stored)
 
     async def records(self) -> list[GatewayRecord]:
         """All records that can be read, the latest of each process, in the order of their names."""
