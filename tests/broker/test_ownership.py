@@ -121,6 +121,29 @@ async def test_the_owner_of_an_emptied_log_continues_under_a_next_attempt(
     assert await texts(redis) == ["2-0:claimed", "2-1:again", f"{SEAL}:done"]
 
 
+async def test_a_log_that_has_as_many_entries_of_others_as_it_lacks_is_not_sealed(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """A log that was renamed away is back in the place of the next attempt's, which the owner has begun meanwhile."""
+    log = await one.acquire(delivery)
+    log.append(delta("a"))
+    await log.wait_drained()
+    away = "chat:away:{r}"
+    await redis.rename(KEY, away)
+    await one.owner.recreate(log, delivery, FAR)
+    await one.owner.next_attempt(log, delivery, "diverged")
+    log.extend([delta("b"), delta("c")])
+    await log.wait_drained()
+    async with redis.pipeline() as pipe:  # in one step, so that no verification sees a part of it
+        pipe.rename(away, KEY)
+        pipe.xadd(KEY, {"type": "delta", "content": "b"}, id="2-1")
+        pipe.xadd(KEY, {"type": "delta", "content": "c"}, id="2-2")
+        await pipe.execute()
+    assert await texts(redis) == ["1-0:started", "1-1:a", "2-1:b", "2-2:c"]
+    with pytest.raises(LogDiverged, match="first entry"):
+        await one.seal(log)
+
+
 async def test_a_log_whose_seal_was_deleted_is_reported_as_refused(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:

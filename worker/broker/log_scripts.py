@@ -86,11 +86,12 @@ words of the seal.
 """
 
 SEAL_LOG = Script(f"""{LOG_FUNCTIONS}
-if last_id() ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return look() end
-local steps = 7 + ARGV[6]
-if not add('{SEAL}', unpack(ARGV, 7, steps - 1)) then return look() end
-call('EXPIRE', KEYS[1], ARGV[3])
-call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
+local is_whole = last_id() == ARGV[1] and call('XLEN', KEYS[1]) == tonumber(ARGV[2])
+if not is_whole or not call('XRANGE', KEYS[1], ARGV[3], ARGV[3])[1] then return look() end
+local steps = 8 + ARGV[7]
+if not add('{SEAL}', unpack(ARGV, 8, steps - 1)) then return look() end
+call('EXPIRE', KEYS[1], ARGV[4])
+call('SET', KEYS[2], ARGV[5], 'EX', ARGV[6])
 local is_settled = ARGV[steps] and pcall(function()
   call('XADD', unpack(ARGV, steps + 4))
   if ARGV[steps + 1] ~= '' then call('PUBLISH', ARGV[steps], ARGV[steps + 1]) end
@@ -100,10 +101,11 @@ return {{1, is_settled and 1 or 0}}
 """)
 """Seals its owner's log. The seal needs this fence of its own, because its id is greater than that of any attempt.
 
-ARGV: the id of the last entry and the number of entries that the log must have; seconds until it expires; the
-tombstone, and seconds until that expires; the number of words of the seal, and these; perhaps the last steps of the
-job. These are the feed's channel and the message to it, empty for none; the job's stream and id; the words of the XADD
-to the lifecycle. Their keys are no KEYS: Redis would refuse the whole call to a user who has no right to the lifecycle.
+ARGV: the id of the last entry and the number of entries that the log must have, and the id of another that it must
+have; seconds until it expires; the tombstone, and seconds until that expires; the number of words of the seal, and
+these; perhaps the last steps of the job. These are the feed's channel and the message to it, empty for none; the job's
+stream and id; the words of the XADD to the lifecycle. Their keys are no KEYS: Redis would refuse the whole call to a
+user who has no right to the lifecycle.
 
 Returns 1, and whether all last steps were done. The first one that Redis refuses ends them.
 """

@@ -174,21 +174,22 @@ class LogOwnership:
         If not, for any reason, the caller does the steps one by one, and the lifecycle may get the record twice. In a
         cluster, and where replicas must have the end before the acknowledgement, nothing but the log is settled.
 
-        The number of entries is compared too. A log from which entries were deleted, or that was renamed away and back
-        while another was begun in its place, must not be sealed as a complete answer. A log that was trimmed at its
-        front is sealed: its followers have all of it, and the ids show later readers that entries are missing.
+        The number of entries is compared too. A log from which entries were deleted must not be sealed as a complete
+        answer. Nor must one that was renamed away and back while another was begun in its place: it may have the right
+        number of entries, but lacks the first one of the attempt. A log that was trimmed at its front is sealed: its
+        followers have all of it, and the ids show later readers that entries are missing.
 
         Raises:
             LogLost: when this process no longer owns the log.
         """
         await log.wait_drained()
-        last, length, seal = log.accepted, log.length, to_fields(end)
+        last, length, first, seal = log.accepted, log.length, EntryId(log.attempt, 0), to_fields(end)
         words = [str(retention), to_json(tombstone), str(remember), str(2 * len(seal)), *chain(*seal.items())]
         if finished_record and self._feed and not self._replicas.count:
             message = self._feed.take_last_message(log, seal)
             words += log.feed, message, self._keys.jobs(delivery.queue), delivery.id, *finished_record
         while True:
-            state = await self._run(SEAL_LOG, log.request_id, str(last), str(length), *words)
+            state = await self._run(SEAL_LOG, log.request_id, str(last), str(length), str(first), *words)
             if not isinstance(state, LogState):
                 return end, bool(state[0])
             if state.last and state.tail == SEAL:
@@ -197,9 +198,14 @@ class LogOwnership:
                 raise lost
             if state.greatest == SEAL:
                 raise LogRefused(_NO_END)
-            if state.length != log.length and not _is_trimmed(state, log):
-                raise LogDiverged(f"Redis holds {state.length} entries of the log, and has acknowledged {log.length}")
+            is_whole = state.length == log.length and state.holder is not None
+            if not is_whole and not _is_trimmed(state, log):
+                what = (
+                    f"{state.length} entries of the log" if state.holder else "a log without its attempt's first entry"
+                )
+                raise LogDiverged(f"Redis holds {what}, and has acknowledged {log.length} entries")
             last, length = state.tail or last, state.length
+            first = state.first.id if state.first and not is_whole else first
 
     async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expires: int) -> bool:
         """Seal the log of a job that this process cannot run, with any contents.
