@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -18,6 +17,7 @@ from asyncio_reports import UNHANDLED, AsyncioReports
 from edge_fixtures import browser, drivers, node_packages, replica, start_client, start_replica  # noqa: F401 - fixtures
 from gateway_fixtures import gateway, http, start_gateway, start_gateway_process  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
+from loaded_python import LoadedPython
 from processes import Process, deliver, process
 from proxy import Proxy
 from readers import followers, log, pours, start_listener, start_reader, timings  # noqa: F401 - fixtures
@@ -282,8 +282,16 @@ async def stream(redis: Redis, key: str) -> Entries:
 StartProcess = Callable[..., "subprocess.Popen[bytes]"]
 
 
+@pytest.fixture(scope="session")
+def loaded_python() -> Iterator[LoadedPython]:
+    """Starts workers and gateways without their imports."""
+    loaded = LoadedPython()
+    yield loaded
+    loaded.close()
+
+
 @pytest.fixture
-def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
+def start_process(redis_url: str, tmp_path: Path, loaded_python: LoadedPython) -> Iterator[StartProcess]:
     """Starts workers as processes of their own, which get SIGTERM when the test ends."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -293,13 +301,8 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
         program = cast("list[str]", given.pop("program", ["-m", "worker", "run"]))
         own = {f"WORKER_{name.upper()}": str(value) for name, value in given.items()}
         own |= {"REDIS_URL": str(redis), "VLLM_URLS": ",".join(server.url for server in vllm) or "http://127.0.0.1:1"}
-        root = Path(__file__).parents[1]
         with (tmp_path / f"worker-{len(started)}.log").open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *program],
-                env=os.environ | own | {"PYTHONPATH": str(root)},
-                stderr=output,
-            )
+            process = loaded_python.start(program, os.environ | own, output)
         started.append(process)
         return process
 

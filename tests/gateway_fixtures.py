@@ -3,13 +3,13 @@
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from loaded_python import LoadedPython
 from waits import eventually
 
 from worker.gateway.keys import hash_of
@@ -133,7 +133,7 @@ StartGatewayProcess = Callable[..., Awaitable[GatewayProcess]]
 
 
 @pytest.fixture
-def start_gateway_process(redis_url: str, tmp_path: Path) -> Iterator[StartGatewayProcess]:
+def start_gateway_process(redis_url: str, tmp_path: Path, loaded_python: LoadedPython) -> Iterator[StartGatewayProcess]:
     """Starts gateways as processes, without authentication by default, which get SIGTERM when the test ends.
 
     It returns once the gateway serves. `ready=False` does not wait for Redis.
@@ -150,11 +150,7 @@ def start_gateway_process(redis_url: str, tmp_path: Path) -> Iterator[StartGatew
         own = {f"GATEWAY_{name.upper()}": str(value) for name, value in given.items()}
         log = tmp_path / f"gateway-{len(started)}.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-                [sys.executable, "-m", "worker", "gateway"],
-                env=os.environ | own | {"REDIS_URL": redis, "PYTHONPATH": str(Path(__file__).parents[1])},
-                stderr=output,
-            )
+            process = loaded_python.start(["-m", "worker", "gateway"], os.environ | own | {"REDIS_URL": redis}, output)
         started.append(process)
         found = GatewayProcess(process, port, log)
 
