@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import cast
@@ -59,6 +59,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _server(config: pytest.Config) -> Path | None:
     given = config.getoption("--redis-server")
     return given if isinstance(given, Path) else next(iter(find_servers()), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without Python's garbage collector: it finds nothing, and takes a seventh of the time in each process."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
