@@ -2,11 +2,10 @@
 
 import asyncio
 import json
-import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
@@ -435,22 +434,12 @@ async def test_a_retry_after_a_refusal_is_a_new_job(
     assert ids[0] != ids[1]
 
 
-@pytest.fixture
-def many_files() -> Iterator[None]:
-    """The usual limit is 1,024 open files, and both ends of a connection are here."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("many_files")
-async def test_a_thousand_identical_requests_at_once_are_a_thousand_jobs(
+async def test_three_hundred_identical_requests_at_once_are_as_many_jobs(
     start_gateway: StartGateway, redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
+    """More than a batch of commands to Redis holds, from each of the gateways."""
     replicas = [await start_gateway(grace=30), await start_gateway(grace=30)]
-    posts = await asyncio.gather(*(RawPost.send(replicas[n % 2].port, BODY) for n in range(1000)))
+    posts = await asyncio.gather(*(RawPost.send(replicas[n % 2].port, BODY) for n in range(300)))
 
     async def are_added() -> bool:
         with suppress(RedisTimeoutError):  # the event loop of this test also serves all of the requests
