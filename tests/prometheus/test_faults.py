@@ -224,13 +224,16 @@ async def test_a_worker_that_stood_still_has_lost_its_leases(
         await client.cancel(request_id)
 
 
-async def test_a_blocked_event_loop(start_process: StartProcess, simulator: Simulator, client: Client) -> None:
-    port = free_port()
-    worker: Popen[bytes] = start_process(simulator, program=[BLOCKING, "20"], metrics=at(port))
+async def test_a_blocked_event_loop(
+    start_process: StartProcess, simulator: Simulator, client: Client, tmp_path: Path
+) -> None:
+    port, released = free_port(), tmp_path / "released"
+    worker: Popen[bytes] = start_process(simulator, program=[BLOCKING, str(released)], metrics=at(port))
     await eventually(client.is_served)
     async with prometheus({WORKER: [port]}) as server:
         worker.send_signal(signal.SIGUSR1)
         await until_fired(server, "EventLoopIsStuck")
+        released.touch()
 
 
 async def test_a_redis_that_fills(redis_binary: Path, start_process: StartProcess, simulator: Simulator) -> None:

@@ -53,10 +53,10 @@ async def answers(http: httpx.AsyncClient, port: int, path: str, expected: int) 
 
 
 async def test_a_blocked_event_loop_is_seen_by_probes_and_scrapers_and_its_end_too(
-    http: httpx.AsyncClient, start_process: StartProcess, simulator: Simulator
+    http: httpx.AsyncClient, start_process: StartProcess, simulator: Simulator, tmp_path: Path
 ) -> None:
-    port = free_port()
-    process = start_process(simulator, program=[BLOCKING, "12"], metrics=f"127.0.0.1:{port}", lease=30)
+    port, released = free_port(), tmp_path / "released"
+    process = start_process(simulator, program=[BLOCKING, str(released)], metrics=f"127.0.0.1:{port}", lease=30)
     await answers(http, port, "/readyz", 200)
     assert await health(process) == 0
     process.send_signal(signal.SIGUSR1)
@@ -78,6 +78,7 @@ async def test_a_blocked_event_loop_is_seen_by_probes_and_scrapers_and_its_end_t
     }
     assert {name for name, number in shown.items() if not math.isnan(number)} == CONSTANT
     assert shown["vllm_relay_loop_delay_seconds"] > 2
+    released.touch()
 
     async def is_alive_again() -> bool:
         return await health(process) == 0

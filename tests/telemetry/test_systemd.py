@@ -15,7 +15,7 @@ from waits import eventually
 from worker.sandbox.embedded_redis import free_port
 from worker.telemetry.systemd import SystemdNotifier
 
-BLOCKING = [str(Path(__file__).with_name("blocking_worker.py")), "8"]
+BLOCKING = str(Path(__file__).with_name("blocking_worker.py"))
 
 
 class Systemd:
@@ -78,15 +78,17 @@ async def test_a_gateway_is_ready_once_it_serves_and_reports_its_drain(
 
 
 async def test_a_worker_feeds_the_watchdog_only_while_its_event_loop_runs(
-    systemd: Systemd, start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+    systemd: Systemd, start_process: StartProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "400000")
-    worker = start_process(program=BLOCKING)
+    released = tmp_path / "released"
+    worker = start_process(program=[BLOCKING, str(released)])
     assert await next_of(systemd) == "READY=1"
     for _ in range(3):
         assert await next_of(systemd) == "WATCHDOG=1"
     worker.send_signal(signal.SIGUSR1)
     await eventually(lambda: is_silent(systemd, seconds=3))
+    released.touch()
     assert await next_of(systemd) == "WATCHDOG=1", "the loop runs again"
 
 
