@@ -11,10 +11,11 @@ from conftest import StartSimulator, StartWorker
 from redis.asyncio import Redis
 from waits import eventually
 
-from worker import Client
+from worker import Client, Delta
 from worker.contract.keys import GROUP
 from worker.engine.pace import Pace
 from worker.engine.take_over import OutageHoldOff, SilenceForecast
+from worker.sandbox.simulator.server import Simulator
 
 LEASE = 12.0
 LIMIT = 1.0
@@ -227,3 +228,32 @@ async def test_a_job_that_a_worker_of_an_earlier_version_handed_over_continues_s
     assert (await asyncio.wait_for(client.result(request_id), 60)).outcome == "done"
     renewing.cancel()
     assert clocks.monotonic() - began < 8, "half a lease after the start of a worker, and a search"
+
+
+SELDOM = Pace(scan_every=1000)
+
+
+@pytest.mark.parametrize("may_publish", [True, False], ids=["with a hint", "without the right to hints"])
+async def test_a_job_that_is_handed_over_continues_at_once(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, redis_url: str, *, may_publish: bool
+) -> None:
+    """A worker that hands jobs over says so. Who does not hear it searches twice a second."""
+    await redis.acl_setuser(
+        "draining", enabled=True, passwords="+pw", keys=["*"], categories=["+@all"], reset_channels=not may_publish,
+        channels=["*"] if may_publish else [],
+    )  # fmt: skip
+    as_user = redis_url.replace("//", "//draining:pw@")
+    first = await start_worker(simulator, redis_url=as_user, drain_timeout=0, lease=3600)
+    request_id = await client.enqueue(CHAT | {"simulate": {"tokens": 60, "rate": 20}})
+    async for entry in client.follow(request_id):
+        if isinstance(entry, Delta):
+            break
+    await start_worker(simulator, lease=3600, pace=SELDOM if may_publish else Pace(scan_every=0.1))
+
+    async def is_subscribed() -> bool:
+        return dict(await redis.pubsub_numsub("chat:control"))[b"chat:control"] == 1 + may_publish
+
+    await eventually(is_subscribed)
+    first.stop()
+    answer = await asyncio.wait_for(client.result(request_id), 60)
+    assert (answer.outcome, answer.attempt) == ("done", 2)

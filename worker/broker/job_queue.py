@@ -8,11 +8,12 @@ sets the idle time to zero. When it exceeds the length of a lease, any worker ma
 import math
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
@@ -180,10 +181,14 @@ class JobQueue:
     async def hand_over(self, deliveries: Sequence[Delivery]) -> list[bool | Exception]:
         """Let other workers take over running jobs at once, without raising their delivery counts.
 
-        The results are those of `renew_leases`.
+        A hint tells them so. If it is lost, they find the jobs with their next search. The results are those of
+        `renew_leases`.
         """
         jobs = [(delivery, HANDED_OVER, HANDED_OVER_IDLE) for delivery in deliveries]
-        return await give_up(self._commands, self._keys, self._consumer, self._lease_ms, jobs)
+        results = await give_up(self._commands, self._keys, self._consumer, self._lease_ms, jobs)
+        with suppress(RedisError, OSError):
+            await self._commands.publish(self._keys.control, HANDED_OVER)
+        return results
 
     async def idle_times(self, deliveries: Sequence[Delivery]) -> list[float | None]:
         """For each job the seconds for which its entry has been idle with this worker; None if it is not with it."""

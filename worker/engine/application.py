@@ -211,6 +211,7 @@ class Worker:
             pauses,
             record=self._state.record,
             drain=self.stop,
+            on_handed_over=self._take_over.search_now,
             interval=settings.lease / 3,
             telemetry=telemetry,
         )

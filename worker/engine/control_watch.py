@@ -1,4 +1,7 @@
-"""Does what operators ask of this worker: reads the control hash three times a lease, and at each hint."""
+"""Does what operators ask of this worker: reads the control hash three times a lease, and at each hint.
+
+Workers use the channel of these hints too, to say that they have handed jobs over.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -7,6 +10,7 @@ from contextlib import suppress
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ..broker.consumers import HANDED_OVER
 from ..broker.control import Control
 from ..broker.hints import HintListener
 from ..broker.worker_registry import WorkerRegistry
@@ -28,11 +32,12 @@ class ControlWatch:
         pauses: what is kept up to date.
         record: returns this worker's record.
         drain: called once when this worker is to drain.
+        on_handed_over: called when another worker has handed jobs over. This hint may be lost, too.
         interval: the longest time between two reads, in seconds.
         telemetry: the receiver of events.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - hints are about all of these
         self,
         control: Control,
         registry: WorkerRegistry,
@@ -41,6 +46,7 @@ class ControlWatch:
         *,
         record: Callable[[], WorkerRecord],
         drain: Callable[[], None],
+        on_handed_over: Callable[[], None],
         interval: float,
         telemetry: Telemetry,
     ) -> None:
@@ -49,6 +55,7 @@ class ControlWatch:
         self._pauses = pauses
         self._record = record
         self._drain = drain
+        self._on_handed_over = on_handed_over
         self._interval = interval
         self._telemetry = telemetry
         self._changed, self._is_stopping = asyncio.Event(), False
@@ -56,7 +63,7 @@ class ControlWatch:
         """Whether this worker was asked to drain."""
         self._hints = HintListener(
             *hints,
-            lambda _field: self._changed.set(),
+            self._on_hint,
             self._changed.set,
             name="control_hints",
             refused=ControlHintsRefused,
@@ -67,6 +74,12 @@ class ControlWatch:
         """End `run`."""
         self._is_stopping = True
         self._changed.set()
+
+    def _on_hint(self, hint: str) -> None:
+        if hint == HANDED_OVER:
+            self._on_handed_over()
+        else:
+            self._changed.set()
 
     async def run(self) -> None:
         """Read the hash regularly and at hints, until stopped."""

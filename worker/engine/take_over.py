@@ -130,7 +130,8 @@ class TakeOver:
         self._searches = 0
         self._last_looked_at: dict[str, str] = {}
         """For each queue, the consumer that was last looked at though it is not silent."""
-        self._stopping = asyncio.Event()
+        self._is_stopping = False
+        self._woken = asyncio.Event()
 
     @property
     def _pause(self) -> float:
@@ -138,18 +139,27 @@ class TakeOver:
 
     def stop(self) -> None:
         """Take over no more jobs."""
-        self._stopping.set()
+        self._is_stopping = True
+        self._woken.set()
+
+    def search_now(self) -> None:
+        """Let the next search follow at once: a worker has handed jobs over."""
+        self._woken.set()
 
     async def run(self) -> None:
         """Take over jobs that workers have handed over, or whose lease has expired, until stopped.
 
-        After a search that finds jobs, the next search follows at once. Each search looks at one consumer of one queue
-        that is not silent: a live worker may have lost jobs, and workers of earlier versions hand jobs over under
-        their own names.
+        The next search follows at once if one finds jobs, or if a worker says that it has handed jobs over. Each search
+        looks at one consumer of one queue that is not silent: a live worker may have lost jobs, and workers of earlier
+        versions hand jobs over under their own names.
         """
         self._hold_off = OutageHoldOff(self._settings.lease)
         queues, found = self._settings.queues, 0
-        while await sleep_unless_set(self._stopping, 0 if found else self._pause):
+        while True:
+            await sleep_unless_set(self._woken, 0 if found else self._pause)
+            if self._is_stopping:
+                return
+            self._woken.clear()
             found, self._searches = 0, self._searches + 1
             for number, queue in enumerate(queues):
                 found += await self._search(queue, looks_at_live=self._searches % len(queues) == number)
