@@ -97,6 +97,20 @@ async def test_the_id_of_a_job_tells_the_story_of_its_request(redis: Redis, clie
     await redis.delete("chat:jobs:other", "chat:jobs:a-text")
 
 
+async def test_a_job_id_of_two_queues_names_both_requests(redis: Redis, redis_url: str) -> None:
+    await redis.sadd("chat:queues", "one", "two", "three")
+    for queue, request_id in (("one", "first"), ("two", "second"), ("three", "first")):
+        await redis.xadd(f"chat:jobs:{queue}", {"request": SECRET, "id": request_id}, id="7-0")
+    runner = CliRunner(env={"REDIS_URL": redis_url})
+    told = await asyncio.to_thread(runner.invoke, main, ["explain", "7-0"])
+    assert told.exit_code == 1
+    for found in ("request first in queue one", "request first in queue three", "request second in queue two"):
+        assert found in told.output
+    await redis.delete("chat:jobs:two")
+    assert (await story_of(redis, "7-0")).id == "first", "both jobs are of one request"
+    await redis.delete("chat:queues", "chat:jobs:one", "chat:jobs:three")
+
+
 async def test_in_a_queue_in_use_a_job_of_a_plain_xadd_is_found_without_the_right_to_search_all_keys(
     redis: Redis, redis_url: str
 ) -> None:

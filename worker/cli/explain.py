@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 def explain(request_id: str, as_json: bool, **options: object) -> None:
     """Tell what happened to a request, without its content.
 
-    That is how long and for what it waited, its attempts, resumes, usage, times and end.
+    That is how long and for what it waited, its attempts, resumes, usage, times and end. ID may also be that of the
+    request's job, while the job is in its queue.
 
-    Exit status 1 if nothing is known of the request.
+    Exit status 1 if nothing is known of the request, or if jobs of several requests have the id.
     """
-    from ..ops.explain import explain as read  # noqa: PLC0415 - clients need not load it
+    from ..ops.explain import AmbiguousJob  # noqa: PLC0415 - clients need not load it
+    from ..ops.explain import explain as read  # noqa: PLC0415
     from ..redisio.clients import command_client  # noqa: PLC0415
     from ..redisio.urls import database_of  # noqa: PLC0415
 
@@ -38,6 +40,8 @@ def explain(request_id: str, as_json: bool, **options: object) -> None:
         redis = command_client(url)
         try:
             story = await read(redis, Keys(settings.prefix, database_of(url)), request_id)
+        except AmbiguousJob as error:
+            raise click.ClickException(str(error)) from None
         finally:
             await redis.aclose()
         click.echo(to_json(msgspec.to_builtins(story)) if as_json else "\n".join(_lines(story)))

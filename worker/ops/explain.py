@@ -37,6 +37,7 @@ from ..redisio.errors import is_permission_denied
 from ..redisio.scripts import Script
 from .queues import find_queues, used_queues
 from .suspects import request_ids
+from .units import printable
 
 State: TypeAlias = Literal["unknown", "waiting", "running", "ended", "expired"]
 
@@ -126,16 +127,27 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, self.started - self.queued) / 1000 if self.started and self.queued else None
 
 
+class AmbiguousJob(Exception):
+    """Jobs of several requests have this id, in different queues. The message names them."""
+
+
 async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
     """Tell what is known of a request. `request_id` may also be the id of its job, as operators see it.
 
     Raises:
+        AmbiguousJob: when it is the id of jobs of several requests.
         RedisError: when Redis does not answer, or denies the right to read the log.
     """
     story = await _tell(redis, keys, request_id)
-    if story.state == "unknown" and (of_job := await _request_of_job(redis, keys, request_id)):
-        return await _tell(redis, keys, of_job)
-    return story
+    if story.state != "unknown":
+        return story
+    by_queue = await _requests_of_job(redis, keys, request_id)
+    if len(set(by_queue.values())) > 1:
+        found = ", ".join(f"request {of_job} in queue {queue}" for queue, of_job in by_queue.items())
+        raise AmbiguousJob(
+            printable(f"several requests have a job with the id {request_id}: {found}. Give the id of a request")
+        )
+    return await _tell(redis, keys, next(iter(by_queue.values()))) if by_queue else story
 
 
 async def _tell(redis: Redis, keys: Keys, request_id: str) -> Story:
@@ -236,15 +248,16 @@ async def _entries(redis: Redis, key: str) -> AsyncIterator[AnyEntry]:
         after = f"({page[-1][0].decode()}"
 
 
-async def _request_of_job(redis: Redis, keys: Keys, job: str) -> str:
-    """The request of a job that is in a queue in use; empty if there is no such job, or it is not readable."""
+async def _requests_of_job(redis: Redis, keys: Keys, job: str) -> dict[str, str]:
+    """The requests of the jobs with an id, by their queue: all queues in use that have the job and are readable."""
+    found = dict[str, str]()
     if re.fullmatch(r"\d{1,15}-\d{1,15}", job):
         with suppress(ResponseError):
             for queue in sorted(await used_queues(redis, keys)):
                 with suppress(ResponseError):  # the key of a queue may have another type
                     if request_id := (await request_ids(redis, keys.jobs(queue), [job]))[0]:
-                        return request_id
-    return ""
+                        found[queue] = request_id
+    return found
 
 
 async def _search_queues(redis: Redis, keys: Keys, story: Story) -> Story:
