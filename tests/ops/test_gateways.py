@@ -57,7 +57,7 @@ async def test_status_shows_each_gateway_with_its_version_address_and_open_strea
     assert with_stream["name"] in (await command(redis_url, "status")).output
     checked = (await command(redis_url, "check")).output
     assert "gateways: alive: 2; open streams: 1" in checked
-    assert 0 < await redis.ttl(KEY) <= KEPT
+    assert await redis.ttl(KEY) > 0
 
     async def is_draining() -> bool:
         pid = processes[0].process.pid
@@ -86,10 +86,47 @@ def test_a_gateway_that_does_not_renew_its_record_is_a_fault_while_redis_lets_it
     (fault,) = faults_among(gateway_findings(states))
     assert (fault.level, fault.subject, fault.fault) == ("warning", "gateway web-1:7", "gateway_silent")
     assert "process 7 on web-1" in fault.fix
+    assert "stopped or stuck" in fault.fix
     for renewable_for, state in ((10.0, "serving"), (0.0, "unknown"), (None, "unknown")):
         states = gateway_states(records, 1000.0, renewable_for=renewable_for)
         assert {one.state for one in states} == {state}
         assert faults_among(gateway_findings(states)) == []
+
+
+def test_a_killed_gateway_has_no_row_after_a_while_in_which_redis_let_it_renew_its_record() -> None:
+    records = [GatewayRecord(host="web", pid=7, beat=1_000_000)]
+    assert gateway_states(records, 1001.0 + KEPT, renewable_for=1000) == ()
+    assert gateway_states(records, 1001.0 + KEPT, renewable_for=None) == ()
+    for renewable_for, state in ((0.0, "unknown"), (3.0, "serving"), (20.0, "silent")):
+        (shown,) = gateway_states(records, 1001.0 + KEPT, renewable_for=renewable_for)
+        assert shown.state == state
+
+
+async def test_the_records_of_gateways_outlive_a_redis_that_is_full_for_long(redis: Redis) -> None:
+    await GatewayRegistry(redis, Keys()).write(GatewayRecord(host="web", pid=7))
+    assert await redis.ttl(KEY) > 3600
+
+
+async def test_processes_with_one_name_and_different_addresses_are_two(redis: Redis) -> None:
+    """Containers with the network of their host are each process 1 of it."""
+    registries = [GatewayRegistry(redis, Keys()) for _ in range(2)]
+    for port, registry in enumerate(registries):
+        await registry.write(GatewayRecord(host="web", pid=1, address=f"127.0.0.1:{port}", version=str(port)))
+    records = await registries[0].records()
+    assert [record.address for record in records] == ["127.0.0.1:0", "127.0.0.1:1"]
+    serving = gateway_states(records, records[0].beat / 1000, renewable_for=100)
+    messages = [each.message for each in gateway_findings(serving)]
+    assert messages[1].endswith("(0: web:1 at 127.0.0.1:0; 1: web:1 at 127.0.0.1:1)")
+    silent = gateway_states(records, records[0].beat / 1000 + 20, renewable_for=100)
+    subjects = [each.subject for each in gateway_findings(silent)]
+    assert subjects == ["gateway web:1 at 127.0.0.1:0", "gateway web:1 at 127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("score", ["inf", "-inf"])
+async def test_a_record_whose_time_is_not_finite_is_none(redis: Redis, score: str) -> None:
+    await redis.zadd(KEY, {to_json(GatewayRecord(host="web", pid=7)): score})
+    await redis.expire(KEY, 60)
+    assert await GatewayRegistry(redis, Keys()).records() == []
 
 
 def test_versions_that_differ_are_named() -> None:

@@ -4,6 +4,7 @@ Nothing but an operator's picture depends on the records. The gateway writes the
 """
 
 from contextlib import suppress
+from math import isfinite
 from typing import cast
 
 from redis.asyncio import Redis
@@ -17,14 +18,18 @@ from ..redisio.scripts import Script
 KEPT = 150
 """Seconds for which the record of a gateway stays that has not removed it, as that of a worker with a usual lease."""
 
-# KEYS: the set. ARGV: the record, seconds for which a record is kept, and the process's earlier records.
+_SET_KEPT = 24 * 3600
+"""Seconds for which the set stays: gateways that run while Redis is full cannot renew its expiry either."""
+
+# KEYS: the set. ARGV: the record, seconds for which a record is kept, seconds for which the set is kept, and the
+# process's earlier records.
 _RENEW = Script("""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 call('ZADD', KEYS[1], now, ARGV[1])
-if ARGV[3] then call('ZREM', KEYS[1], unpack(ARGV, 3)) end
+if ARGV[4] then call('ZREM', KEYS[1], unpack(ARGV, 4)) end
 call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2] * 1000)
-return call('EXPIRE', KEYS[1], ARGV[2])
+return call('EXPIRE', KEYS[1], ARGV[3])
 """)
 
 
@@ -42,7 +47,8 @@ class GatewayRegistry:
         text, former = to_json(record), self._stored
         self._stored = former | {text}
         try:
-            await _RENEW.run_on(self._redis, [self._key], [text, str(KEPT), *sorted(former - {text})])
+            words = text, str(KEPT), str(_SET_KEPT), *sorted(former - {text})
+            await _RENEW.run_on(self._redis, [self._key], words)
             self._stored = {text}
         except ResponseError:
             self._stored = former
@@ -54,7 +60,11 @@ class GatewayRegistry:
                 await self._redis.zrem(self._key, *self._stored)
 
     async def records(self) -> list[GatewayRecord]:
-        """All records that can be read, the latest of each process, in the order of their names."""
+        """All records that can be read, the latest of each process, in the order of their names and addresses.
+
+        Two processes may have one name: containers with the network of their host are each process 1 of that host.
+        """
         found = cast("list[tuple[bytes, float]]", await self._redis.zrange(self._key, 0, -1, withscores=True))
-        records = [GatewayRecord.read(raw, int(score)) for raw, score in found]
-        return sorted({record.name: record for record in records if record}.values(), key=lambda record: record.name)
+        records = [GatewayRecord.read(raw, int(score)) for raw, score in found if isfinite(score)]
+        latest = {(record.name, record.address): record for record in records if record}
+        return [latest[process] for process in sorted(latest)]

@@ -1,7 +1,10 @@
 """The gateways, by the records of their processes: their states, and the findings about them. No I/O."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import inf
 
+from ..broker.gateway_registry import KEPT
 from ..contract.records import GatewayRecord
 from .findings import Finding
 from .fleet import versions_finding
@@ -14,10 +17,15 @@ _SILENT_AFTER = 15.0
 def gateway_states(
     records: Iterable[GatewayRecord], now: float, *, renewable_for: float | None
 ) -> tuple[GatewayState, ...]:
-    """The states of the gateways. `now` is in seconds by Redis's clock; `renewable_for` as in `read_installation`."""
+    """The states of the gateways. `now` is in seconds by Redis's clock; `renewable_for` as in `read_installation`.
+
+    Records that could be renewed and have not been for a long time have none: their gateways were killed.
+    """
     states = []
     for record in records:
         age = max(0.0, now - record.beat / 1000)
+        if min(age, inf if renewable_for is None else renewable_for) > KEPT:
+            continue
         state: StateOfGateway = "draining" if record.draining else "serving"
         if not renewable_for:
             state = "unknown"
@@ -42,21 +50,23 @@ def gateway_states(
 
 def gateway_findings(gateways: Sequence[GatewayState]) -> list[Finding]:
     """The findings about gateways. Nothing is found without gateways, which an installation need not have."""
+    repeated = Counter(gateway.name for gateway in gateways)
+    named = [(one.name if repeated[one.name] == 1 else f"{one.name} at {one.address}", one) for one in gateways]
     findings = [
         Finding(
             "warning",
-            f"gateway {gateway.name}",
+            f"gateway {name}",
             f"it has been silent for {gateway.age:.0f} s",
-            f"check whether process {gateway.pid} on {gateway.host} still runs; if so, its log has why it does not "
-            "reach Redis (redis_unavailable)",
+            f"check whether process {gateway.pid} on {gateway.host} runs: restart it if it is stopped or stuck; else "
+            "its log has why it does not reach Redis (redis_unavailable)",
             "gateway_silent",
         )
-        for gateway in gateways
+        for name, gateway in named
         if gateway.state == "silent"
     ]
-    alive = [gateway for gateway in gateways if gateway.state in ("serving", "draining")]
+    alive = {name: gateway for name, gateway in named if gateway.state in ("serving", "draining")}
     if alive:
-        streams = sum(gateway.streams for gateway in alive)
+        streams = sum(gateway.streams for gateway in alive.values())
         findings.append(Finding("ok", "gateways", f"alive: {len(alive)}; open streams: {streams}"))
-        findings += versions_finding("gateways", {gateway.name: gateway.version for gateway in alive})
+        findings += versions_finding("gateways", {name: gateway.version for name, gateway in alive.items()})
     return findings

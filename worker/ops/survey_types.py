@@ -89,7 +89,8 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
-    """A gateway process, by its record. `name` is its host and its pid, `address` where it listens.
+    """A gateway process, by its record. `name` is its host and its pid, `address` where it listens; two containers with
+    the network of their host may have one name.
 
     `state` is `serving`, `draining`, `silent` (its record was not renewed for 15 s), or `unknown` while Redis takes no
     writes. `streams` and `connections` are those open at the last renewal, which was `age` seconds ago; `started` is
