@@ -13,9 +13,11 @@ import psutil
 import pytest
 from gateway_fixtures import KEY_A, KEYS, GatewayProcess, Served, StartGateway, StartGatewayProcess
 from proxy import Proxy
+from redis.exceptions import ConnectionError as RedisConnectionError
 from serving import EventReader
 from waits import eventually
 
+from worker.broker.gateway_registry import GatewayRegistry
 from worker.sandbox.embedded_redis import free_port
 
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
@@ -74,6 +76,26 @@ async def test_a_gateway_without_redis_stays_says_so_and_serves_once_it_is_there
     await redis_proxy.heal()
     await eventually(lambda: gateway.answers("/readyz"))
     assert await waiting_request(gateway.url)
+
+
+async def test_a_gateway_whose_record_cannot_be_written_is_ready(
+    start_gateway: StartGateway, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster, the master that has the records may be away alone."""
+    tried = asyncio.Event()
+
+    async def fails(*_: object) -> None:
+        tried.set()
+        raise RedisConnectionError
+
+    monkeypatch.setattr(GatewayRegistry, "write", fails)
+    gateway = await start_gateway()
+    await tried.wait()
+
+    async def is_ready() -> bool:
+        return (await http.get(f"{gateway.url}/readyz")).status_code == 200
+
+    await eventually(is_ready)
 
 
 async def test_metrics_count_requests_and_streams(start_gateway: StartGateway, http: httpx.AsyncClient) -> None:

@@ -176,7 +176,7 @@ class Gateway:
             loop.add_signal_handler(signum, self.stop)
         if self._parent is not None:
             loop.add_reader(self._parent, self._on_parent_gone)
-        watching = asyncio.create_task(self._watch_redis())
+        watching = [asyncio.create_task(part()) for part in (self._watch_redis, self._renew_record)]
         try:
             self._start_monitoring()
             self._neighbours.start()
@@ -189,7 +189,7 @@ class Gateway:
         finally:
             for signum in signals:
                 loop.remove_signal_handler(signum)
-            await end_tasks([watching])
+            await end_tasks(watching)
             await self._remove_record()
             await self._streams.aclose()
             await self._neighbours.aclose()
@@ -251,20 +251,15 @@ class Gateway:
         self._telemetry.emit(GatewayStopped(cut))
 
     async def _watch_redis(self) -> None:
-        """Ping Redis for `/readyz`, look for workers, and renew this process's record.
-
-        While Redis is away the process serves, with status 503.
-        """
+        """Ping Redis for `/readyz`, and look for workers. While Redis is away the process serves, with status 503."""
         backoff = Backoff("redis_unavailable", self._telemetry)
-        measured_at, was_draining = -math.inf, False
+        measured_at = -math.inf
         while True:
             try:
                 await self._redis.ping()
-                is_draining = self._stopping.is_set()
-                if time.monotonic() - measured_at >= _MEASURE_EVERY or is_draining is not was_draining:
-                    await self._registry.write(self._record(is_draining=is_draining))
+                if time.monotonic() - measured_at >= _MEASURE_EVERY:
                     self._queue_served = await self._measure_queue()
-                    measured_at, was_draining = time.monotonic(), is_draining
+                    measured_at = time.monotonic()
             except (RedisError, OSError) as error:
                 self._redis_answers, self._queue_served = False, math.nan
                 measured_at = -math.inf
@@ -273,6 +268,22 @@ class Gateway:
                 self._redis_answers = True
                 backoff.reset()
                 await asyncio.sleep(_PING_EVERY)
+
+    async def _renew_record(self) -> None:
+        """Renew this process's record, also at once when the drain begins. Nothing else depends on it.
+
+        In a cluster, the master that has the records may be away alone.
+        """
+        while True:
+            is_draining = self._stopping.is_set()
+            with suppress(RedisError, OSError):
+                await self._registry.write(self._record(is_draining=is_draining))
+            if is_draining:
+                await asyncio.sleep(_MEASURE_EVERY)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_MEASURE_EVERY):
+                    await self._stopping.wait()
 
     def _record(self, *, is_draining: bool) -> GatewayRecord:
         return GatewayRecord(
