@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from checks import begun_by_a_dead_worker, chat_request, log_of, promise_kept
-from conftest import StartWorker, metric, stream
+from conftest import StartWorker, metric, stream, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
@@ -169,7 +169,7 @@ async def test_a_job_that_must_stop_tries_no_single_step_after_its_script_has_fa
     client: Client, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """Before a silent Redis, each step would delay the end of the process by a timeout."""
-    end, seal = redis_proxy.hold(END), redis_proxy.hold(SEAL)
+    end = redis_proxy.hold(END)
     worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, drain_timeout=0)
     await client.enqueue(chat_request(simulate={"rate": 1}))
     await client.enqueue(chat_request())
@@ -180,9 +180,36 @@ async def test_a_job_that_must_stop_tries_no_single_step_after_its_script_has_fa
         return metric(worker, "jobs_running") == count
 
     await eventually(lambda: are_running(1))  # the other one has left its answer
+    again = redis_proxy.hold(b"type done ")
     await redis_proxy.cut()
     await eventually(lambda: are_running(0))
-    assert not seal.met.is_set()
+    assert not again.met.is_set()
+
+
+async def test_an_end_that_waited_for_redis_has_the_time_at_which_it_was_written(
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    end = redis_proxy.hold(END)
+    await start_worker(simulator, redis_url=redis_proxy.redis_url)
+    request_id = await client.enqueue(chat_request())
+    await end.met.wait()
+    cut_at = await now(redis) + 100
+
+    async def is_later() -> bool:
+        return await now(redis) >= cut_at
+
+    await eventually(is_later)
+    await redis_proxy.cut()
+    await promise_kept(redis, request_id)
+    _, finished = (await stream(redis, "chat:lifecycle"))[-1]
+    assert finished[b"type"] == b"finished"
+    assert int(finished[b"time"]) >= cut_at - 50, "the worker's clock follows that of Redis"
+
+
+async def now(redis: Redis) -> int:
+    """Unix ms by Redis's clock."""
+    seconds, microseconds = await redis.time()
+    return int(seconds) * 1000 + int(microseconds) // 1000
 
 
 async def test_a_feed_that_is_refused_ends_no_job_late(

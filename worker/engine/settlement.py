@@ -15,7 +15,7 @@ import msgspec
 from ..broker.job_queue import Delivery
 from ..broker.log_writer import LogDiverged, LogWriter
 from ..contract.answer import Answer
-from ..contract.entries import BURIED, Done, Failed, Started, Terminal, to_fields
+from ..contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
 from ..contract.ids import SEAL, EntryId
 from ..contract.job import INVALID, MAX_OTHER_FIELDS_BYTES, InvalidJob, Job
 from ..contract.records import Lifecycle, Tombstone
@@ -51,18 +51,12 @@ class Settlement:
             LogLost: when this process no longer owns the log, or the seal is lost.
             Stopped: when the job must stop before.
         """
-        job, record = self._job, tuple[str, ...]()
+        job = self._job
         await job.wait_for(log.drained())
         if isinstance(end, Failed):  # vLLM sends the usage only at the end of an answer
             so_far = Answer(await job.retry(self._ownership.read_entries, job.id))
             end = msgspec.structs.replace(end, usage=so_far.usage, model=so_far.model)
-        # An answer ends in one step, unless its usage must be counted, or its `started` record waits for Redis.
-        elif isinstance(end, Done) and end.usage and (self._start_written is None or self._start_written.done()):
-            record = self._services.lifecycle.words(self._lifecycle_record("finished", Answer([end])))
-        written, is_settled = await job.retry(
-            self._ownership.seal, log, job.delivery, end, self._tombstone(end.type), retention=job.retention,
-            remember=job.remember, finished_record=record,
-        )  # fmt: skip
+        written, is_settled = await job.retry(self._seal, log, end)
         # A client that cancels does not always know the usage, which is then counted in the log.
         has_usage = isinstance(written, Done | Failed) and written.usage
         answer = Answer([*([] if has_usage else await job.retry(self._ownership.read_entries, job.id)), written])
@@ -70,6 +64,17 @@ class Settlement:
             self._report(answer)
         else:
             await self.settle(answer)
+
+    async def _seal(self, log: LogWriter, end: Terminal) -> tuple[Entry, bool]:
+        """Seal the log, with the times of this try. See `LogOwnership.seal`."""
+        job, record = self._job, tuple[str, ...]()
+        # An answer ends in one step, unless its usage must be counted, or its `started` record waits for Redis.
+        if isinstance(end, Done) and end.usage and (self._start_written is None or self._start_written.done()):
+            record = self._services.lifecycle.words(self._lifecycle_record("finished", Answer([end])))
+        return await self._ownership.seal(
+            log, job.delivery, end, self._tombstone(end.type), retention=job.retention, remember=job.remember,
+            finished_record=record,
+        )  # fmt: skip
 
     async def settle_existing_end(self, *, record_missing_start: bool = False) -> None:
         """Settle a request whose terminal entry another process has written.
