@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from conftest import StartSimulator, StartWorker
+from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -16,6 +17,7 @@ from worker.contract.keys import GROUP
 from worker.engine.pace import Pace
 from worker.engine.take_over import OutageHoldOff, SilenceForecast
 from worker.sandbox.simulator.server import Simulator
+from worker.telemetry.logging import configure_logging
 
 LEASE = 12.0
 LIMIT = 1.0
@@ -237,7 +239,7 @@ SELDOM = Pace(scan_every=1000)
 async def test_a_job_that_is_handed_over_continues_at_once(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, redis_url: str, *, may_publish: bool
 ) -> None:
-    """A worker that hands jobs over says so. Who does not hear it searches twice a second."""
+    """The worker that hands it over publishes a hint. Workers that do not get it search twice a second."""
     await redis.acl_setuser(
         "draining", enabled=True, passwords="+pw", keys=["*"], categories=["+@all"], reset_channels=not may_publish,
         channels=["*"] if may_publish else [],
@@ -257,3 +259,24 @@ async def test_a_job_that_is_handed_over_continues_at_once(
     first.stop()
     answer = await asyncio.wait_for(client.result(request_id), 60)
     assert (answer.outcome, answer.attempt) == ("done", 2)
+    await redis.acl_deluser("draining")
+
+
+async def test_a_hand_over_is_reported_though_redis_does_not_answer_its_hint(
+    client: Client,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json", "info")
+    hint = redis_proxy.hold(rb"^PUBLISH chat:control handed-over")
+    worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, drain_timeout=0, lease=3600)
+    async for entry in client.follow(await client.enqueue(CHAT | {"simulate": {"tokens": 60, "rate": 20}})):
+        if isinstance(entry, Delta):
+            break
+    worker.stop()
+    await asyncio.wait_for(hint.met.wait(), 60)
+    logged = capfd.readouterr().err
+    assert "jobs_handed_over" in logged
+    assert "hand_over_failed" not in logged

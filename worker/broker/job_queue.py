@@ -8,12 +8,11 @@ sets the idle time to zero. When it exceeds the length of a lease, any worker ma
 import math
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
@@ -181,14 +180,18 @@ class JobQueue:
     async def hand_over(self, deliveries: Sequence[Delivery]) -> list[bool | Exception]:
         """Let other workers take over running jobs at once, without raising their delivery counts.
 
-        A hint tells them so. If it is lost, they find the jobs with their next search. The results are those of
-        `renew_leases`.
+        The results are those of `renew_leases`.
         """
         jobs = [(delivery, HANDED_OVER, HANDED_OVER_IDLE) for delivery in deliveries]
-        results = await give_up(self._commands, self._keys, self._consumer, self._lease_ms, jobs)
-        with suppress(RedisError, OSError):
-            await self._commands.publish(self._keys.control, HANDED_OVER)
-        return results
+        return await give_up(self._commands, self._keys, self._consumer, self._lease_ms, jobs)
+
+    async def publish_hand_over(self) -> None:
+        """Let other workers search for jobs that were handed over. Without this hint they do so within half a second.
+
+        Raises:
+            RedisError: when Redis does not answer, or refuses the hint.
+        """
+        await self._commands.publish(self._keys.control, HANDED_OVER)
 
     async def idle_times(self, deliveries: Sequence[Delivery]) -> list[float | None]:
         """For each job the seconds for which its entry has been idle with this worker; None if it is not with it."""

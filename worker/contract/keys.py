@@ -87,10 +87,11 @@ class Keys:
 
     @property
     def control(self) -> str:
-        """The hash of what operators ask of the workers, and the pub/sub channel of hints that it has changed.
+        """The hash of what operators ask of the workers, and the pub/sub channel of hints for workers.
 
-        A field is `pause:<queue>` or `drain:<worker>`, its value a `ControlEntry`. All databases share the channel: a
-        hint only means that the hash should be read.
+        A field is `pause:<queue>` or `drain:<worker>`, its value a `ControlEntry`. A hint is the field that
+        has changed, or `handed-over` when jobs were. All databases share the channel: a hint only means that workers
+        should look.
         """
         return f"{self.prefix}:control"
 

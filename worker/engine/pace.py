@@ -16,7 +16,7 @@ class Pace:
     longest_block: float = 1.0
     """The longest wait of one read for a job. A worker that stops waits for its last reads to return."""
     scan_every: float = 0.5
-    """The time between two searches for expired leases, and for jobs that were handed over if no hint tells of them."""
+    """The time between two searches for expired leases, and for jobs that were handed over if their hint is lost."""
     read_ahead_every: float = 0.1
     """The pause after a read of jobs for which no server has room."""
     overdue_every: float = 3.0

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -34,6 +35,8 @@ class RunJob(Protocol):
     ) -> Awaitable[None]: ...
 
 
+_HINT_TIMEOUT = 0.5
+"""Seconds that the hint about a hand-over may take: after as long, other workers search for the jobs anyway."""
 _MOST_WITHOUT_SLOT = 1000
 """The most jobs that may have released their slot before their end, since each is in memory with its request."""
 
@@ -272,7 +275,11 @@ class RunningJobs:
         if refusals := [reply for reply in replies if isinstance(reply, Exception)]:
             self._telemetry.emit(HandOverFailed(len(refusals), redacted_message(refusals[0])))
         # The other jobs have ended, or other workers have them already.
-        self._telemetry.emit(JobsHandedOver(replies.count(True)))
+        self._telemetry.emit(JobsHandedOver(handed_over := replies.count(True)))
+        if handed_over:
+            with suppress(RedisError, OSError):  # includes TimeoutError
+                async with asyncio.timeout(_HINT_TIMEOUT):
+                    await self._jobs.publish_hand_over()
 
     def cancel(self) -> None:
         """Cancel all jobs, as the process ends."""
