@@ -87,7 +87,9 @@ async def test_a_last_step_that_redis_refuses_leaves_it_and_the_later_ones_to_th
 async def test_a_feed_that_redis_is_known_to_refuse_keeps_no_job_from_being_settled(
     redis_url: str, redis: Redis
 ) -> None:
-    await redis.acl_setuser("silent", enabled=True, passwords="+pw", keys=["*"], categories=["+@all"])
+    await redis.acl_setuser(
+        "silent", enabled=True, passwords="+pw", keys=["*"], categories=["+@all"], reset_channels=True
+    )
     try:
         async with process(redis_url.replace("//", "//silent:pw@"), "one") as one:
             delivery = await deliver(one, redis)

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from stepwise_worker import seal_alone
 
 from worker import Client
+from worker.broker.log_scripts import BEGIN, CLAIM, FINALIZE, SEAL_LOG
 from worker.broker.ownership import LogOwnership
 from worker.sandbox.simulator.server import Options, Scenario
 
@@ -19,6 +20,13 @@ CONFIRM = rb"^EVALSHA \S+ 2 chat:tokens:\S+ chat:ended:\S+ \d+ \{\S+ \d+$"
 LIFECYCLE = rb"^XADD chat:lifecycle .* finished"
 FEED = rb"^MULTI\nPUBLISH"
 ACK = rb"^XACK"
+
+
+@pytest.fixture(autouse=True)
+async def _scripts(redis: Redis) -> None:
+    """Redis knows the scripts, or the reply that is lost says that it does not."""
+    for script in (BEGIN, CLAIM, SEAL_LOG, FINALIZE):
+        await redis.script_load(script.source)
 
 
 def break_at(proxy: Proxy, how: str, command: bytes, times: int = 1) -> Order:
