@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from checks import begun_by_a_dead_worker, chat_request, log_of, promise_kept
-from conftest import StartWorker, metric, stream, stream
+from conftest import StartWorker, metric, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
