@@ -292,7 +292,7 @@ async def read_the_lifecycle(url: str, admin: Redis) -> None:
 
 
 async def operate(url: str, admin: Redis, simulator: Simulator) -> None:
-    """Check, look at the status, cancel a request, and put back and drop dead letters."""
+    """Check, look at the status, cancel a request, end an overdue one, and put back and drop dead letters."""
     command = CliRunner(env={"REDIS_URL": url, "VLLM_URLS": simulator.url})
 
     async def run(*words: str) -> str:
@@ -307,6 +307,10 @@ async def operate(url: str, admin: Redis, simulator: Simulator) -> None:
         assert (await installation.read()).unreadable is None
         async with aclosing(installation.client.follow("never")) as entries:
             assert [entry.type async for entry in entries] == ["cancelled"]
+        overdue = await installation.client.enqueue(REQUEST, queue="none", timeout=0.01)
+        await let_deadline_pass(admin, overdue)
+        async with aclosing(installation.client.follow(overdue)) as entries:
+            assert [entry.type async for entry in entries] == ["queued", "error"]
     await run("pause", "none", "--for", "1h")
     await run("resume", "none")
     record = WorkerRecord(name="w", beat=1, started=1, slots=1, running=0, finished=0, queues=("default",))
