@@ -9,7 +9,7 @@ from command import run
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from worker import (
     Client,
@@ -119,6 +119,9 @@ async def test_a_key_of_another_type_in_place_of_the_log_raises_refused(
          "Redis does not answer: Connection refused. `worker check` shows how to fix it"),
         (RedisError("Is the configuration correct?"),
          "Redis refuses: Is the configuration correct? `worker check` shows how to fix it"),
+        (NoPermissionError("this user has no permissions to run the 'ttl' command"),
+         ("Redis refuses: this user has no permissions to run the 'ttl' command. To fix it: give the user the rights "
+          "of its line in deploy/redis/users.acl: ACL SETUSER <user> +<command> ~<prefix>:*")),
         (ResponseError("WRONGTYPE Operation against a key"),
          ("Redis refuses: WRONGTYPE Operation against a key. Another program wrote to a key of this request "
           "(<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to a shared key, which `worker check` reports. "

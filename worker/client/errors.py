@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from ..contract.entries import BadEntry
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
@@ -113,6 +113,8 @@ def mapped(error: Exception) -> ClientError:
     message = redacted_message(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
     advice = _WRONG_TYPE if message.startswith("WRONGTYPE") else "`worker check` shows how to fix it"
+    if isinstance(error, NoPermissionError):  # `worker check` tries the rights of a worker only
+        advice = f"To fix it: {advice_on(error)}"
     if is_connection_refused(error):
         verdict, advice = "refuses the connection", f"To fix it: {advice_on(error)}"
     text = f"Redis {verdict}: {message if message.endswith(('?', '!')) else message.rstrip('.') + '.'} {advice}"
