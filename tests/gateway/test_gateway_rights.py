@@ -7,6 +7,7 @@ import pytest
 from acl import PASSWORD, acl
 from gateway_fixtures import StartGateway
 from redis.asyncio import Redis
+from written_log import let_deadline_pass
 
 from worker.telemetry.logging import configure_logging
 
@@ -37,3 +38,27 @@ async def test_a_missing_right_is_a_500_without_its_reason_which_is_in_the_log(
     logged = capfd.readouterr().err
     assert "request_failed" in logged
     assert "eval" in logged
+
+
+@pytest.mark.parametrize("path", ["/requests/{id}/events", "/events?ids={id}"])
+async def test_a_missing_right_ends_a_stream_with_an_event_without_its_reason_which_is_in_the_log(
+    path: str,
+    redis: Redis,
+    user_url: str,
+    http: httpx.AsyncClient,
+    start_gateway: StartGateway,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A gateway without `+ttl` cannot end a request whose deadline has passed."""
+    await redis.execute_command("ACL SETUSER", "gateway", "-ttl")  # type: ignore[no-untyped-call]
+    served = await start_gateway(redis_url=user_url)
+    configure_logging("json", "warning")
+    request_id = (await http.post(f"{served.url}/requests", json={"messages": MESSAGES, "timeout": 60})).json()["id"]
+    await let_deadline_pass(redis, request_id)
+    response = await http.get(served.url + path.format(id=request_id), headers={"Accept": "text/event-stream"})
+    assert "event: problem" in response.text
+    assert "ttl" not in response.text
+    logged = capfd.readouterr().err
+    assert "request_failed" in logged
+    assert "'ttl'" in logged
+    assert "ttl" in {entry["object"] for entry in await redis.acl_log()}

@@ -14,13 +14,14 @@ from ..client.async_client import Client
 from ..client.errors import ClientError
 from ..contract.answer import Answer
 from ..contract.entries import Cancelled, Done, Failed, Object
+from ..telemetry.events import Telemetry
 from ..telemetry.stream_events import StreamEnd
 from .chat_stream import problem_of_end
 from .held_answers import SMALL, HeldAnswer, HeldAnswers, size_of
 from .large_json import json_pieces, send_pieces
 from .noted_calls import NotedCall
 from .outlets import ABORT, Receive, Scope, Send
-from .problems import Problem, problem_of, unavailable
+from .problems import Problem, log_reason, problem_of, unavailable
 from .protocols.chat_chunks import INTERRUPTED, STOPPING, ChatChunks
 from .responses import problem_response
 from .stream_response import response_start
@@ -45,7 +46,7 @@ class WholeAnswer:
 
     def __init__(
         self, client: Client, request_id: str, options: ChatChunks, noted: NotedCall, held: HeldAnswers, *,
-        pace: AnswerPace, write_timeout: float,
+        pace: AnswerPace, write_timeout: float, telemetry: Telemetry,
     ) -> None:  # fmt: skip
         self.end: StreamEnd = "done"
         self.has_begun = False
@@ -57,6 +58,7 @@ class WholeAnswer:
         self._held = held
         self._pace = pace
         self._write_timeout = write_timeout
+        self._telemetry = telemetry
         self._stopping = asyncio.Event()
 
     def end_now(self) -> None:
@@ -100,7 +102,9 @@ class WholeAnswer:
                 answer = await self._read(held)
         except (ClientError, Problem) as error:
             self.end = "problem"
-            return problem_of(error)
+            problem = problem_of(error)
+            log_reason(problem, self._telemetry)
+            return problem
         if isinstance(answer.end, Failed):
             return problem_of_end(answer.end.code, answer.end.message, has_key=self._noted.has_key)
         if isinstance(answer.end, Cancelled):

@@ -12,10 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..client.errors import ClientError
 from ..contract.job import InvalidJob
-from ..telemetry.events import Failing, Telemetry
 from . import chat, models, native
 from .envelope import Envelope, refuse_websocket
-from .problems import Problem, problem_of
+from .problems import Problem, log_reason, problem_of
 from .responses import problem_response
 from .services import Services
 from .static import routes as static_routes
@@ -85,9 +84,8 @@ async def _find_nothing(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
-    if problem.status == 500 and isinstance(error, ClientError):  # the client gets no reason: it names what is ours
-        telemetry: Telemetry = request.app.state.telemetry
-        telemetry.emit(Failing("request_failed", str(error)))
+    if isinstance(error, ClientError):  # the HTTP server logs every other one
+        log_reason(problem, request.app.state.telemetry)
     return problem_response(request.scope, problem)
 
 

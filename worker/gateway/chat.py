@@ -159,7 +159,7 @@ class ChatCompletions:
             services = self._services
             response = WholeAnswer(
                 services.client, request_id, call.protocol, noted, services.held,
-                pace=self._pace, write_timeout=services.settings.write_timeout,
+                pace=self._pace, write_timeout=services.settings.write_timeout, telemetry=services.telemetry,
             )  # fmt: skip
         self._open[response] = None
         if self._ends_at <= asyncio.get_running_loop().time():

@@ -18,7 +18,7 @@ from .event_cursors import parse_cursor
 from .log_cursor import LogCursor
 from .open_streams import ClientStream, OpenStreams
 from .outlets import Connection, Outlet
-from .problems import Problem, problem_of
+from .problems import Problem, log_reason, problem_of
 from .protocols.native import NativeEvents, NativeMessages, error_object
 from .protocols.protocol import Frame
 
@@ -188,6 +188,7 @@ class RequestsStream(ClientStream):
         if error is not None:
             self._places[short_id(request_id)] = SEAL
             problem = problem_of(error)
+            log_reason(problem, self._streams.telemetry)
             data = msgspec.json.encode({"request": request_id, **error_object(problem)})
             event = b"event: %b\nid: %b\ndata: %b\n\n" % (
                 b"gone" if problem.status in {404, 410} else b"problem", self._cursor(), data,

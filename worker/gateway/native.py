@@ -22,7 +22,7 @@ from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
 from .noted_calls import NotedCall
 from .outlets import RAW_SEND, WIRE, Receive, Scope, Send, forget_request
-from .problems import Problem, not_found, problem_of
+from .problems import Problem, log_reason, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
 from .repeats import Repeats, fingerprint
 from .request_state import RequestState
@@ -293,6 +293,7 @@ class RequestsResponse:
 
 def _in_band(request: Request, problem: Problem) -> Response:
     """A problem for the reader of a stream. An EventSource gets an event, after which its next try gets 204."""
+    log_reason(problem, request.app.state.telemetry)
     if not is_event_source(request.scope) or problem.status == 404 or problem.is_temporary:
         return problem_response(request.scope, problem)
     event = named_event("gone" if problem.status == 410 else "problem", SEAL, problem)

@@ -13,7 +13,7 @@ from ..telemetry.events import NO_TELEMETRY, Telemetry
 from ..telemetry.stream_events import CaughtUp, FollowerDropped, StreamClosed, StreamEnd, StreamOpened
 from .log_cursor import LogCursor
 from .outlets import DEFERRED, Outlet, Scope
-from .problems import Problem
+from .problems import Problem, log_reason
 from .protocols.protocol import Message, StreamProtocol
 from .tails import Tails
 
@@ -225,6 +225,7 @@ class OpenStreams:
         if stream.problem is None:
             return b""
         stream.end = "problem"
+        log_reason(stream.problem, self.telemetry)
         return stream.protocol.failed(stream.problem)
 
     def _check(self, streams: list[ClientStream] | None = None) -> None:

@@ -18,6 +18,7 @@ from ..client.errors import (
 )
 from ..contract.entries import to_json
 from ..contract.job import InvalidJob
+from ..telemetry.events import Failing, Telemetry
 
 RETRY_AFTER = 2
 """Seconds after which a client may try again what was refused for a temporary reason."""
@@ -82,6 +83,8 @@ class Problem(Exception):
         self.type = type or _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.param = param
         self.headers = dict(headers or {})
+        self.reason = ""
+        """Why the gateway failed: for the log, and for no client."""
 
     @property
     def is_temporary(self) -> bool:
@@ -118,8 +121,14 @@ def problem_of(error: Exception) -> Problem:
         for kind, (status, code) in _STATUS_OF.items():
             if isinstance(error, kind):
                 return Problem(status, code, str(error), headers=_retry_after(status))
-        return Problem(500, "internal", "the gateway cannot use its Redis: its operator finds the reason in the log")
-    return Problem(500, "internal", "the gateway failed: its operator finds the reason in the log")
+        return _fault("the gateway cannot use its Redis: its operator finds the reason in the log", str(error))
+    return _fault("the gateway failed: its operator finds the reason in the log", repr(error))
+
+
+def log_reason(problem: Problem, telemetry: Telemetry) -> None:
+    """Log why the gateway failed, where the client gets no reason."""
+    if problem.reason:
+        telemetry.emit(Failing("request_failed", problem.reason))
 
 
 def problem_of_code(code: str, message: str) -> Problem:
@@ -136,6 +145,12 @@ def not_found() -> Problem:
 def unavailable() -> Problem:
     """The problem for a Redis that does not answer, or refuses for a temporary reason."""
     return Problem(503, "unavailable", "the service cannot answer at present: try again", headers=_retry_after(503))
+
+
+def _fault(message: str, reason: str) -> Problem:
+    problem = Problem(500, "internal", message)
+    problem.reason = reason
+    return problem
 
 
 def _retry_after(status: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from .access import SUBPROTOCOL
 from .envelope import refuse_websocket
 from .event_cursors import check_place, parse_cursor
 from .outlets import RAW_SEND, Receive, Scope, Send
-from .problems import Problem, problem_of
+from .problems import Problem, log_reason, problem_of
 from .protocols.native import NativeMessages
 from .services import Services
 from .stream_response import LogStream
@@ -56,7 +56,9 @@ class RequestWebSocket:
                 await services.client.open(request_id, after=position)
                 await check_place(services, request_id, position)
         except (Problem, ClientError) as error:
-            await refuse_websocket(scope, receive, send, problem_of(error))
+            problem = problem_of(error)
+            log_reason(problem, services.telemetry)
+            await refuse_websocket(scope, receive, send, problem)
             return
         if (await receive())["type"] != "websocket.connect":
             return
