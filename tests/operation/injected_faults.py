@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from installation import REQUEST, Installation, stopped
+from waits import eventually
 
 from worker.broker.control import Control
 from worker.contract.keys import Keys
+from worker.sandbox.embedded_redis import free_port
 
 _POISONED = str(Path(__file__).parents[1] / "chaos/poisoned_worker.py")
 _PASSWORD = "PASSWORD"
@@ -47,6 +49,20 @@ async def worker_dead(it: Installation) -> AsyncIterator[None]:
 async def worker_blocked(it: Installation) -> AsyncIterator[None]:
     """SIGSTOP."""
     with stopped(it.workers[0]):
+        yield
+
+
+@_fault("gateway_silent")
+async def gateway_stopped(it: Installation) -> AsyncIterator[None]:
+    """A gateway is started beside the workers. Then SIGSTOP."""
+    settings = {"REDIS_URL": it.url, "GATEWAY_LISTEN": f"127.0.0.1:{free_port()}", "GATEWAY_NO_AUTH": "true"}
+    process = it.programs.start_own("gateway", **settings)
+
+    async def has_record() -> bool:
+        return bool(await it.redis.exists(Keys().gateway_processes))
+
+    await eventually(has_record)
+    with stopped(process):
         yield
 
 
