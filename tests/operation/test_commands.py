@@ -10,6 +10,7 @@ import sys
 from asyncio.subprocess import Process
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from command import Ended, environment, line_with, rest, run, started
@@ -254,6 +255,20 @@ async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     assert ended.out == ""
     events = [json.loads(line)["event"] for line in ended.err.splitlines()]
     assert events == ["worker_starting", "worker_started", "worker_draining", "job_finished", "worker_stopped"]
+
+
+async def test_a_gateway_process_serves_and_ends_on_sigterm_with_0(redis_url: str) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    async with (
+        httpx.AsyncClient() as http,
+        started("gateway", "--no-auth", REDIS_URL=redis_url, GATEWAY_LISTEN=listen, GATEWAY_DRAIN_DELAY="0") as process,
+    ):
+        await line_with(process.stderr, "gateway_started")
+        assert (await http.get(f"http://{listen}/healthz")).status_code == 200
+        process.terminate()
+        ended = await rest(process)
+    assert ended.status == 0
+    prints(ended, "gateway_stopped")
 
 
 async def test_a_worker_that_waits_for_redis_logs_that_and_ends_on_sigterm() -> None:
