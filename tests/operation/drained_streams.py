@@ -152,21 +152,29 @@ async def _runs_jobs(it: Installation, pid: int) -> bool:
     return bool((await _records(it))[pid]["running"])
 
 
-@click.command()
-@click.option("--streams", default=60, show_default=True)
-@click.option("--by", type=click.Choice(["command", "SIGTERM"]), default="command", show_default=True)
-@click.option("--rolling", is_flag=True, help="Replace all three workers in turn, by SIGTERM.")
-def main(streams: int, by: str, *, rolling: bool) -> None:
-    """Measure the longest wait of a reader."""
-    measured = replace_under_streams(streams) if rolling else drain_under_streams(streams, by_signal=by == "SIGTERM")
-    result = asyncio.run(measured)
+def summary(what: str, result: Result) -> str:
+    """The line that is printed. The last part is left out if every stream has moved."""
     whole = sum(reader.is_whole for reader in result.readers)
     moved = sum(reader.was_resumed for reader in result.readers)
-    click.echo(
-        f"{'each worker replaced' if rolling else f'by {by}'}: whole texts {whole} of {len(result.readers)}, "
-        f"resumed by another worker {moved}; longest wait of a reader {result.longest_wait:.2f} s; of one that stayed "
-        f"{max((reader.wait for reader in result.readers if not reader.was_claimed), default=0):.2f} s"
+    stayed = [reader.wait for reader in result.readers if not reader.was_claimed]
+    return (
+        f"{what}: whole texts {whole} of {len(result.readers)}, resumed by another worker {moved}; "
+        f"longest wait of a reader {result.longest_wait:.2f} s"
+        + (f"; of one that stayed {max(stayed):.2f} s" if stayed else "")
     )
+
+
+@click.command()
+@click.option("--streams", default=60, show_default=True)
+@click.option("--by", type=click.Choice(["command", "SIGTERM"]), help="How the worker is drained.  [default: command]")
+@click.option("--rolling", is_flag=True, help="Replace all three workers in turn, by SIGTERM.")
+def main(streams: int, by: str | None, *, rolling: bool) -> None:
+    """Measure the longest wait of a reader."""
+    if rolling and by == "command":
+        raise click.UsageError("--rolling replaces the workers by SIGTERM: leave out --by command")
+    by = by or "command"
+    measured = replace_under_streams(streams) if rolling else drain_under_streams(streams, by_signal=by == "SIGTERM")
+    click.echo(summary("each worker replaced" if rolling else f"by {by}", asyncio.run(measured)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from drained_streams import drain_under_streams, replace_under_streams
+from click.testing import CliRunner
+from drained_streams import Reader, Result, drain_under_streams, main, replace_under_streams, summary
 
 
 async def test_the_streams_of_a_drained_worker_go_on_without_a_lost_word(redis_binary: Path) -> None:
@@ -23,3 +24,15 @@ async def test_a_rolling_restart_of_all_workers_loses_no_stream_and_no_word(redi
     assert result.statuses == [0, 0, 0]
     assert any(reader.was_resumed for reader in result.readers)
     assert all(reader.was_claimed == reader.was_resumed for reader in result.readers)
+
+
+def test_the_measurement_refuses_a_rolling_replacement_by_the_command() -> None:
+    ended = CliRunner().invoke(main, ["--rolling", "--by", "command"])
+    assert ended.exit_code == 2
+    assert "leave out --by command" in ended.output
+
+
+def test_the_measurement_names_a_stream_that_stayed_only_if_one_did() -> None:
+    moved, stayed = Reader({"messages": []}, wait=0.5, was_claimed=True), Reader({"messages": []}, wait=0.25)
+    assert summary("by SIGTERM", Result([moved], [], [])).endswith("longest wait of a reader 0.50 s")
+    assert summary("by SIGTERM", Result([moved, stayed], [], [])).endswith("0.50 s; of one that stayed 0.25 s")
