@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import stream
 from processes import FAR, KEY, Process, deliver, delta, process, stolen, texts
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
 from waits import eventually
@@ -98,6 +99,23 @@ async def test_a_deleted_log_is_not_recreated_by_an_append(one: Process, deliver
     with pytest.raises(LogGone):
         await log.wait_drained()
     assert not await redis.exists(KEY)
+
+
+async def test_a_log_that_is_missing_for_a_moment_continues(redis_proxy: Proxy, redis: Redis) -> None:
+    """Valkey 9.1 was seen to find no log while its slot moved to another master."""
+    async with process(redis_proxy.redis_url, "one") as one:
+        log = await one.acquire(await deliver(one, redis))
+        log.append(delta("before"))
+        await log.wait_drained()
+        verification = redis_proxy.hold(rb"^XREVRANGE")
+        await redis.rename(KEY, "chat:away:{r}")
+        log.append(delta("missed"))
+        await asyncio.wait_for(verification.met.wait(), 60)
+        await redis.rename("chat:away:{r}", KEY)
+        verification.release()
+        log.append(delta("after"))
+        await log.wait_drained()
+        assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:missed", "1-3:after"]
 
 
 async def test_a_key_of_another_type_is_reported_and_does_not_stop_other_logs(

@@ -24,7 +24,6 @@ from redis.exceptions import RedisError
 
 from ..contract.entries import Fields
 from ..contract.ids import EntryId
-from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, NodeConnections, Outcome, PipelinedConnection, pack
 from ..redisio.retry import Backoff
 from ..telemetry.events import NO_TELEMETRY, Telemetry, WriteFailed
@@ -32,7 +31,7 @@ from .accepted_entries import AcceptedEntries
 from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
 from .log_scripts import is_id_taken
-from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
+from .log_writer import AppendBatch, LogDiverged, LogWriter, refusal_from, refused_logs
 from .write_stalls import WriteStalls
 
 _HIGH_WATER_BYTES = 1024 * 1024
@@ -333,14 +332,13 @@ class Publisher:
             RedisError: when the reason does not concern this log alone.
         """
         first = replies[0]
-        if not isinstance(first, RedisError):  # with NOMKSTREAM, Redis replies nil
-            log.mark_lost(LogGone("the log no longer exists"))
-            return
-        if is_id_taken(first):
+        if isinstance(first, RedisError) and is_id_taken(first):
             self._to_verify.add(log)  # written already, fenced or sealed: the log's end shows which
             self._refused[log] = log.attempt
         elif any(isinstance(reply, bytes) for reply in replies):
-            log.mark_lost(LogDiverged(f"Redis refused an entry and accepted a later one: {redacted_message(first)}"))
+            log.mark_lost(LogDiverged(f"Redis refused an entry and accepted a later one: {first}"))
+        elif not isinstance(first, RedisError):  # nil: there is no log or, on Valkey 9.1, its slot is moving
+            self._to_verify.add(log)
         elif refusal := refusal_from(first):
             log.mark_lost(refusal)
         else:
