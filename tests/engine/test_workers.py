@@ -7,16 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import StartProcess, StartSimulator, stream
+from conftest import StartProcess, StartSimulator, StartWorker, stream
+from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Answer, Client, Delta, Entry
+from worker.broker.parked_jobs import ParkedJobs, ParkedLine
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Scenario
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.telemetry.logging import configure_logging
 
 JOBS = 200
 
@@ -187,3 +190,37 @@ async def test_a_worker_ends_soon_though_redis_does_not_answer(
         assert await asyncio.to_thread(process.wait, 35) == 0
     finally:
         redis_server.process.send_signal(signal.SIGCONT)
+
+
+async def test_a_worker_reports_no_recovery_while_redis_is_away(
+    client: Client, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tries = 0
+    lines = ParkedJobs.lines
+
+    async def counted(parked: ParkedJobs, queue: str) -> list[ParkedLine]:
+        nonlocal tries
+        tries += 1
+        return await lines(parked, queue)
+
+    async def has_tried(times: int) -> bool:
+        return tries >= times
+
+    monkeypatch.setattr(ParkedJobs, "lines", counted)
+    configure_logging("json", "info")
+    await start_worker(simulator, redis_url=redis_proxy.redis_url)
+    await client.result(await client.enqueue(chat_request("Who are you?")))
+    redis_proxy.refuse()
+    await redis_proxy.cut()
+    before = tries
+    await eventually(lambda: has_tried(before + 2))
+    capfd.readouterr()
+    await eventually(lambda: has_tried(before + 5))
+    assert "recovered" not in capfd.readouterr().err
+    await redis_proxy.heal()
+    await eventually(lambda: has_recovered(capfd))
+
+
+async def has_recovered(capfd: pytest.CaptureFixture[str]) -> bool:
+    return '"after":"claim_failed"' in capfd.readouterr().err

@@ -77,15 +77,17 @@ class LineIntake:
         scan_at = overdue_at = time.monotonic()
         while not self._stopping.is_set():
             now = time.monotonic()
+            is_scan = now >= scan_at
             try:
-                if now >= scan_at:  # the next times are set first: what fails must not keep the rest from being done
+                if is_scan:  # the next times are set first: what fails must not keep the rest from being done
                     scan_at = now + self._pace.scan_every
                     await self._scan()
                 if now >= overdue_at and len(self._lines):
                     overdue_at = now + self._pace.overdue_every * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
                     await self._take_overdue()
                 await self._serve_or_wait(scan_at - time.monotonic())
-                backoff.reset()
+                if is_scan:  # else Redis may not have been asked, and be away still
+                    backoff.reset()
             except (RedisError, OSError) as error:
                 self._parking.refuse(error)
                 await backoff.wait(error)
