@@ -29,6 +29,7 @@ from worker.broker.job_queue import Delivery
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_redis, version_of
+from worker.sandbox.simulator.scheduler import ServerClock
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
@@ -224,8 +225,8 @@ async def start_simulator() -> AsyncIterator[StartSimulator]:
     """Starts simulated vLLM servers, which end with the test."""
     async with AsyncExitStack() as stack:
 
-        async def start(options: Options | None = None, port: int = 0) -> Simulator:
-            return await stack.enter_async_context(Simulator(options, port=port))
+        async def start(options: Options | None = None, port: int = 0, clock: ServerClock | None = None) -> Simulator:
+            return await stack.enter_async_context(Simulator(options, port=port, clock=clock))
 
         yield start
 

@@ -93,7 +93,7 @@ async def pending(redis: Redis) -> list[tuple[str, str]]:
 
 
 async def promise_kept(
-    redis: Redis, request_id: str, text: str | None = None, *, outcome: str = "done", within: float = 30
+    redis: Redis, request_id: str, text: str | None = None, *, outcome: str = "done", within: float = 120
 ) -> EndedLog:
     """Wait for the end of a request, and assert that the promise was kept for it, with this text.
 

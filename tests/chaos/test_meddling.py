@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 from checks import LogEntry, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker, stream
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
@@ -22,6 +23,8 @@ from worker.engine.settlement import Settlement
 from worker.sandbox.simulator.answers import END, encode
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
+PATIENT = {"gap_timeout": 60, "first_token_timeout": 60}
+"""So that no answer that halts counts as silent."""
 KEY = "chat:tokens:{r}"
 BEGUN = {"type": "started", "queue": "default", "job": "", "worker": "w", "owner": "gone", "delivery": "1"}
 CLAIMED = BEGUN | {"type": "claimed", "reason": "takeover"}
@@ -238,7 +241,8 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))))
+    clock = HaltingClock(8)
+    await start_worker(await start_simulator(clock=clock), **PATIENT)
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     key, left = f"chat:tokens:{{{request_id}}}", 3
@@ -253,6 +257,7 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
 
     monkeypatch.setattr(LogOwnership, step, deleted_before)
     await redis.delete(key)
+    clock.release()
     log = await ended(redis, request_id)
     assert left < 0
     assert [line.type for line in log].count("restarted") == 1
@@ -332,7 +337,8 @@ async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker
     start_simulator: StartSimulator,
 ) -> None:
     """As the contract has it: no other process knows of the job any more."""
-    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
 
     async def take_out(job: str, consumer: str) -> None:
         if how == "XACK":
@@ -347,11 +353,12 @@ async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker
     worker.kill()
     worker.wait()
     await take_out(job, consumer)
-    await start_worker(simulator, lease=0.5)
+    await start_worker(simulator, lease=0.5, **PATIENT)
     lives = await client.enqueue(chat_request())
     await has_begun(redis, lives)
     ((job, consumer),) = await pending(redis)
     await take_out(job, consumer)
+    clock.release()
     await promise_kept(redis, lives)
     assert (await log_of(redis, dies))[-1].type == "delta"
     await client.cancel(dies)
@@ -363,17 +370,20 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """After a renaming, the next entries have greater ids than the log that is back, so that Redis accepts them."""
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
+    clock = HaltingClock(8)
+    await start_worker(await start_simulator(clock=clock), **PATIENT)
     request_id = await client.enqueue(chat_request())
     key = f"chat:tokens:{{{request_id}}}"
     await has_begun(redis, request_id, 6)
     match step:
         case "renamed away and back":
             await redis.rename(key, f"chat:away:{{{request_id}}}")
+            clock.allow(16)
             await has_begun(redis, request_id, 3, attempt=2)
             await redis.rename(f"chat:away:{{{request_id}}}", key)
         case _:
             await redis.xdel(key, "1-4")
+    clock.release()
     reading = asyncio.create_task(client.result(request_id))
     log = await ended(redis, request_id)
     assert "restarted" in [line.type for line in log]
@@ -457,14 +467,16 @@ async def test_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
 async def test_a_hole_that_appears_during_a_stream_restarts_the_answer_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
-    worker = await start_worker(simulator)
-    other = await start_worker(simulator)
+    clock = HaltingClock(12)
+    simulator = await start_simulator(clock=clock)
+    worker, other = [await start_worker(simulator, **PATIENT) for _ in range(2)]
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id, 8)
     await redis.xdel(f"chat:tokens:{{{request_id}}}", "1-4", "1-5", "1-6")
     holder = worker if len(worker._running_jobs) else other
     holder.stop()
     holder.stop()
+    await has_begun(redis, request_id, attempt=2)
+    clock.release()
     log = await ended(redis, request_id)
     assert "restarted" in [line.type for line in log]

@@ -8,6 +8,7 @@ import pytest
 from checks import chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartSimulator, StartWorker
 from durable_redis import Durable
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
@@ -29,6 +30,17 @@ IMPATIENT = Pace(longest_block=0.1, command_timeout=0.3)
 async def paced(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers take about a second."""
     return await start_simulator(Options(scenario=Scenario(rate=40)))
+
+
+@pytest.fixture
+def clock() -> HaltingClock:
+    return HaltingClock(8)
+
+
+@pytest.fixture
+async def halting(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
+    """A vLLM whose answers halt after eight tokens, until the test releases its clock."""
+    return await start_simulator(clock=clock)
 
 
 @pytest.fixture
@@ -95,13 +107,14 @@ async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_lat
 
 
 async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
-    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, halting: Simulator, clock: HaltingClock
 ) -> None:
-    first = await start_worker(paced, pace=IMPATIENT, lease=1, redis_url=redis_proxy.redis_url)
+    first = await start_worker(halting, pace=IMPATIENT, lease=1, gap_timeout=60, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     redis_proxy.half_open()
-    await start_worker(paced, pace=IMPATIENT, lease=1)
+    clock.release()
+    await start_worker(halting, pace=IMPATIENT, lease=1)
     assert (await promise_kept(redis, request_id)).attempts > 1
     before = await log_of(redis, request_id)
     await redis_proxy.heal()
@@ -119,7 +132,9 @@ async def test_a_redis_that_forgets_everything(
     when: str, client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
 ) -> None:
     await start_worker(paced)
-    lost = await client.enqueue(chat_request("lost", simulate={"rate": 40 if when == "streaming" else 0}))
+    # A minute of text: on a busy machine a shorter answer could end before everything is forgotten.
+    scenario = {"rate": 40, "tokens": 2400} if when == "streaming" else {"rate": 0}
+    lost = await client.enqueue(chat_request("lost", simulate=scenario))
     await (has_begun(redis, lost) if when == "streaming" else promise_kept(redis, lost, expected("lost")))
     await redis.flushall()
     request_id = await client.enqueue(chat_request())
@@ -156,18 +171,19 @@ async def test_a_destroyed_group_is_recreated_with_all_its_jobs(
 
 
 async def test_streams_wait_while_redis_has_no_room(
-    client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
+    client: Client, redis: Redis, start_worker: StartWorker, halting: Simulator, clock: HaltingClock
 ) -> None:
-    await start_worker(paced, lease=1)
+    await start_worker(halting, lease=1, gap_timeout=60)
     questions = ("one", "two", "three")
     ids = [await client.enqueue(chat_request(question)) for question in questions]
     for request_id in ids:
         await has_begun(redis, request_id)
     await redis.config_set("maxmemory", "1")
     try:
+        clock.release()
 
         async def told() -> bool:
-            return len(paced.served) >= 3 and all(served.finished for served in list(paced.served)[:3])
+            return [served.finished for served in halting.served] == [True] * 3
 
         await eventually(told)
         for request_id in ids:
@@ -243,10 +259,11 @@ async def test_a_right_that_is_removed_and_restored_ends_no_job(
     redis: Redis,
     limited: str,
     start_worker: StartWorker,
-    paced: Simulator,
+    halting: Simulator,
+    clock: HaltingClock,
 ) -> None:
-    worker = await start_worker(paced, lease=15, redis_url=limited)
-    questions = [f"question {number}" for number in range(6)]
+    worker = await start_worker(halting, lease=15, gap_timeout=60, redis_url=limited)
+    questions = [f"question {number}" for number in range(4)]
     ids = [await client.enqueue(chat_request(question)) for question in questions]
     for request_id in ids:
         await has_begun(redis, request_id)
@@ -257,6 +274,7 @@ async def test_a_right_that_is_removed_and_restored_ends_no_job(
     await redis.execute_command("ACL", "SETUSER", "relay", *taken)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
     if "resetpass" in taken:
         await redis.execute_command("CLIENT", "KILL", "USER", "relay")  # type: ignore[no-untyped-call]  # likewise
+    clock.release()
     late = await client.enqueue(chat_request("late"))
     before = failures()
 

@@ -3,13 +3,14 @@
 import pytest
 from checks import chat_request, expected, has_begun, log_of, promise_kept
 from conftest import StartSimulator, StartWorker
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
 from worker.engine.pace import Pace
-from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.server import Options, Scenario
 
 QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 """Silence is noticed soon; that a busy machine is taken for a silent one costs a try more, and no answer."""
@@ -18,10 +19,6 @@ QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 @pytest.fixture
 def pace() -> Pace:
     return Pace(longest_block=0.1, first_retry=0.02)
-
-
-async def paced(start_simulator: StartSimulator) -> Simulator:
-    return await start_simulator(Options(scenario=Scenario(rate=100)))
 
 
 @pytest.mark.parametrize("fault", ["refuse", "429", "503", "500", "hang", "html"])
@@ -68,7 +65,7 @@ async def test_a_response_that_is_not_a_fault_is_not_retried(
 async def test_the_next_try_waits_as_long_as_the_server_asks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await paced(start_simulator)
+    simulator = await start_simulator()
     await start_worker(simulator)
     order = {"fault": "429", "times": 1, "retry_after": 0.4}
     request_id = await client.enqueue(chat_request("Who are you?", simulate=order))
@@ -91,13 +88,15 @@ async def test_a_server_that_asks_for_time_holds_up_no_job_that_another_can_serv
 async def test_a_connection_to_vllm_that_is_cut_mid_stream(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await paced(start_simulator)
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
     async with Proxy.before(simulator.url) as proxy:
-        await start_worker(proxy)
+        await start_worker(proxy, gap_timeout=60)
         request_id = await client.enqueue(chat_request())
         for attempt in (1, 2):
             await has_begun(redis, request_id, attempt=attempt)
             await proxy.cut()
+        clock.release()
         await promise_kept(redis, request_id)
         assert simulator.served[0].closed_early
 
@@ -105,7 +104,8 @@ async def test_a_connection_to_vllm_that_is_cut_mid_stream(
 async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await paced(start_simulator)
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
     async with Proxy.before(simulator.url) as proxy:
         await start_worker(proxy, **QUICK)
         request_id = await client.enqueue(chat_request())
@@ -116,6 +116,7 @@ async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
             return any(line.type == "claimed" for line in await log_of(redis, request_id))
 
         await eventually(noticed)
+        clock.release()
         await proxy.heal()
         await promise_kept(redis, request_id)
 
@@ -123,13 +124,15 @@ async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
 async def test_a_vllm_that_dies_mid_stream_is_replaced_by_the_other(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    one, two = await paced(start_simulator), await paced(start_simulator)
+    clock = HaltingClock(8)
+    one, two = [await start_simulator(clock=clock) for _ in range(2)]
     async with Proxy.before(one.url) as first, Proxy.before(two.url) as second:
-        await start_worker(first, second)
+        await start_worker(first, second, gap_timeout=60)
         request_id = await client.enqueue(chat_request())
         await has_begun(redis, request_id)
         dead, alive = (first, two) if one.served else (second, one)
         dead.refuse()
         await dead.cut()
+        clock.release()
         await promise_kept(redis, request_id)
         assert [served.finished for served in alive.served] == [True]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from checks import begun_by_a_dead_worker, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
@@ -27,9 +28,14 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 
 @pytest.fixture
-async def slow(start_simulator: StartSimulator) -> Simulator:
-    """A vLLM whose answers do not end within a test, so that every request stays mid-stream."""
-    return await start_simulator(Options(scenario=Scenario(rate=10)))
+def clock() -> HaltingClock:
+    return HaltingClock(8)
+
+
+@pytest.fixture
+async def halting(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
+    """A vLLM whose answers halt after eight tokens, so that every request stays mid-stream."""
+    return await start_simulator(clock=clock)
 
 
 RUN = ["-m", "worker", "run"]
@@ -79,15 +85,19 @@ async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_d
     start_process: StartProcess,
     start_worker: StartWorker,
     simulator: Simulator,
-    slow: Simulator,
+    halting: Simulator,
+    *,
+    clock: HaltingClock,
 ) -> None:
-    first = start_process(slow, lease=LEASE, slots=1)
+    lease = 4.0  # the first worker, once it is awake, takes over what this process does not renew in time
+    first = start_process(halting, lease=lease, slots=1)
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     first.send_signal(signal.SIGSTOP)
     try:
+        clock.allow(20)  # which the paused worker has yet to read and write
         seal = redis_proxy.hold(rb"^EVALSHA .* type done ")
-        await start_worker(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
+        await start_worker(simulator, lease=lease, redis_url=redis_proxy.redis_url)
         async with asyncio.timeout(60):
             await seal.met.wait()
         if wakes == "after the end":
@@ -118,11 +128,12 @@ async def test_a_worker_that_gets_sigterm_finishes_or_hands_over(
     start_process: StartProcess,
     start_worker: StartWorker,
     simulator: Simulator,
-    slow: Simulator,
+    halting: Simulator,
+    paced: Simulator,
 ) -> None:
     # With leases of a minute only a hand-over lets the next worker continue within the time of this test.
-    process = start_process(slow, lease=60, drain_timeout=drain)
-    request_id = await client.enqueue(chat_request(simulate={"rate": 40} if drain == 20 else {}))
+    process = start_process(paced if drain == 20 else halting, lease=60, drain_timeout=drain)
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id, 2)
     process.terminate()
     await start_worker(simulator, lease=60)
@@ -139,11 +150,11 @@ async def test_a_worker_that_gets_a_second_signal_hands_over_at_once(
     start_process: StartProcess,
     start_worker: StartWorker,
     simulator: Simulator,
-    slow: Simulator,
+    halting: Simulator,
     tmp_path: Path,
 ) -> None:
     # It would drain for longer than the test may take, and the lease of a minute leaves only a hand-over.
-    process = start_process(slow, lease=60, drain_timeout=600)
+    process = start_process(halting, lease=60, drain_timeout=600)
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id, 2)
     process.send_signal(how)
@@ -205,7 +216,7 @@ async def test_two_releases_side_by_side_understand_each_other(
     start_process: StartProcess,
     start_worker: StartWorker,
     simulator: Simulator,
-    slow: Simulator,
+    halting: Simulator,
 ) -> None:
     """A later release may write types and fields that this one does not know, and each may take over from the other."""
     request_id = await client.enqueue(chat_request())
@@ -217,7 +228,7 @@ async def test_two_releases_side_by_side_understand_each_other(
         {"type": "delta", "content": "The river", "mood": "calm"},
     )
     await redis.hset("chat:workers", "later", '{"v": 2, "pulse": "strong"}')
-    first = start_process(slow, lease=LEASE, slots=3, queues="default,low", drain_timeout=0.1)
+    first = start_process(halting, lease=LEASE, slots=3, queues="default,low", drain_timeout=0.1)
     await has_begun(redis, request_id, 2, attempt=2)
     questions = [f"question {number}" for number in range(8)]
     ids = [await client.enqueue(chat_request(question)) for question in questions]
