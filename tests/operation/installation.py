@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from command import run, started
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 
 from worker import Client
 from worker.client.errors import ClientError
@@ -31,24 +32,6 @@ REQUEST: Object = {"model": "reciter", "messages": [{"role": "user", "content": 
 _ANSWERS = Scenario(rate=20, first_token=0.1, tokens=60)
 _EXIT_TIMEOUT = 30.0
 _HANG = 120.0
-
-
-class StoppableClock(ServerClock):
-    """Real time, which a test may stop: the server then accepts requests and streams nothing."""
-
-    def __init__(self) -> None:
-        self._runs = asyncio.Event()
-        self._runs.set()
-
-    def stop(self) -> None:
-        self._runs.clear()
-
-    def go_on(self) -> None:
-        self._runs.set()
-
-    async def sleep(self, seconds: float) -> None:
-        await super().sleep(seconds)
-        await self._runs.wait()
 
 
 class StoppableSimulator(Simulator):
@@ -81,7 +64,7 @@ class VllmServer:
     """A simulated server, and its clock."""
 
     simulator: StoppableSimulator
-    clock: StoppableClock
+    clock: SteeredClock
 
 
 @dataclass(slots=True)
@@ -201,7 +184,7 @@ async def start_installation(
 
 @asynccontextmanager
 async def _vllm_server() -> AsyncIterator[VllmServer]:
-    clock = StoppableClock()
+    clock = SteeredClock()
     async with StoppableSimulator(Options(scenario=_ANSWERS), clock) as simulator:
         yield VllmServer(simulator, clock)
 

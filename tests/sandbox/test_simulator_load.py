@@ -8,6 +8,7 @@ import httpx
 import msgspec
 import pytest
 from conftest import StartSimulator
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
@@ -125,7 +126,8 @@ async def test_a_full_server_refuses(
 async def test_a_draining_server_ends_its_streams_and_refuses_others_before_it_goes(
     start_simulator: StartSimulator,
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=10)))
+    clock = SteeredClock()
+    simulator = await start_simulator(Options(scenario=Scenario(rate=1)), clock=clock)
 
     async with asked(simulator, 2) as tasks, httpx.AsyncClient(base_url=simulator.url) as client:
         await eventually(lambda: left(simulator, 2))
@@ -145,6 +147,7 @@ async def test_a_draining_server_ends_its_streams_and_refuses_others_before_it_g
         assert (await client.post("/tokenize", json={"prompt": "a"})).status_code == 500
         assert (await client.get("/health")).status_code == 200
 
+        clock.hurry()
         await draining
         for body in await asyncio.gather(*tasks):
             assert body.text.endswith("data: [DONE]\n\n")
