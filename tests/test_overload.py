@@ -278,7 +278,7 @@ async def test_a_parked_job_ends_at_its_deadline(
     endless = await enqueue(client, AT_ONCE, tenant="b")
     await eventually(lambda: runs(server, AT_ONCE))
 
-    ids = await enqueue(client, 4, "waiting", tenant="a", timeout=4)
+    ids = await enqueue(client, 4, "waiting", tenant="a", timeout=8)
     await eventually(lambda: are_parked(redis, 4))
 
     assert failures(await answers(client, ids)) == ["deadline"] * 4

@@ -446,8 +446,8 @@ async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
     unhelpful: dict[str, int],
 ) -> None:  # fmt: skip
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1], **unhelpful)
-    # Only where Redis never answers is the limit part of the case: a TLS handshake may take long on a busy machine.
-    limit = 0.5 if words in {"", "Timeout", "Timeout reading"} else 60
+    # Only where Redis never answers is the limit part of the case. Even a busy machine has to connect within it.
+    limit = 2 if words in {"Timeout", "Timeout reading"} else 60
     (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url, redis_timeout=limit), "Redis")
     assert finding.level == "error"
     assert words.lower() in finding.message.lower().replace("`", "'")
@@ -494,6 +494,6 @@ async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str) -> 
     """Or it is a router that queries all of its servers first. Workers do not treat it as away."""
     async with sending(then_close=False) as url:
         options: dict[str, object] = {"redis_url": redis_url, "vllm_urls": url}
-        findings = [finding async for finding in check(options, pace=ServerPace(probe_limit=0.1))]
-    assert findings[-1].message == f"{url}/v1/models did not answer within 0.1 s"
+        findings = [finding async for finding in check(options, pace=ServerPace(probe_limit=2))]
+    assert findings[-1].message == f"{url}/v1/models did not answer within 2 s"
     assert findings[-1].fix == "check whether it is busy: workers give it more time to answer"

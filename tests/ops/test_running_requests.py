@@ -13,7 +13,7 @@ from worker.contract.keys import GROUP, Keys
 from worker.ops.running import RunningPicture, RunningRequest, RunningRequests, shares
 from worker.sandbox.simulator.server import Options, Scenario
 
-STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 4000}
+STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}]}
 
 
 async def _picture(redis: Redis, *queues: str) -> RunningPicture:
@@ -27,7 +27,7 @@ async def _picture(redis: Redis, *queues: str) -> RunningPicture:
 async def test_a_running_request_is_listed_with_its_worker_and_its_progress(
     redis: Redis, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=50, tokens=4000))))
     request_id = await client.enqueue(STORY)
     running, seen = RunningRequests(redis, Keys()), list[RunningRequest]()
 

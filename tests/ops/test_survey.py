@@ -45,7 +45,7 @@ REQUEST = {"messages": [{"role": "user", "content": "Hi"}]}
 
 @asynccontextmanager
 async def surveyor(url: str) -> AsyncIterator[Surveyor]:
-    redis = command_client(url, timeout=2)
+    redis = command_client(url, timeout=30)
     yield Surveyor(redis, Keys(), url, lease=15)
     await redis.aclose()
 
@@ -258,7 +258,7 @@ async def test_a_silent_worker_is_dead_or_blocked_by_its_connection(redis: Redis
     await has_run_for(redis, 5)
     await write("dead", age=3, presence=True, lease=4.0)
     await write("blocked", age=5, presence=True, lease=4.0, silence=5.0, tokens_per_s=9.0)
-    await write("late", age=0, presence=True, lease=4.0)
+    await write("late", age=0, presence=True, lease=60.0)
     await write("early", age=5, lease=4.0)
     async with redis.pubsub() as channels:
         await channels.subscribe(Keys().presence("blocked"), Keys().presence("late"))
@@ -322,7 +322,7 @@ async def test_a_cluster_is_surveyed(redis_binary: Path, tmp_path: Path) -> None
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
         async with Client(url) as client:
             await client.enqueue(REQUEST)
-        redis = command_client(url, timeout=5)
+        redis = command_client(url, timeout=30)
         await GatewayRegistry(redis, Keys()).write(GatewayRecord(host="web", pid=7))
         await redis.aclose()
         found = await survey(url)

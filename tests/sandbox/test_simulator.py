@@ -104,17 +104,6 @@ async def post(client: httpx.AsyncClient, request: Event) -> bytes:
     return response.content
 
 
-async def read_until_broken(client: httpx.AsyncClient, request: Event, patience: float = 5) -> tuple[bytes, Exception]:
-    body = b""
-    try:
-        async with client.stream("POST", PATH, json=request, timeout=httpx.Timeout(5, read=patience)) as response:
-            async for data in response.aiter_raw():
-                body += data
-    except httpx.TransportError as error:
-        return body, error
-    raise AssertionError("the answer ended")
-
-
 def recorded_request(name: str) -> Event:
     request: Event = msgspec.json.decode((TRANSCRIPTS / f"{name}.request.json").read_bytes())
     return request
@@ -315,22 +304,27 @@ async def test_a_refusal_has_its_status_and_retry_after(client: httpx.AsyncClien
 
 
 async def test_refuse_closes_without_an_answer(simulator: Simulator, client: httpx.AsyncClient) -> None:
-    body, error = await read_until_broken(client, asking(simulate={"fault": "refuse"}))
-    assert (body, type(error)) == (b"", httpx.RemoteProtocolError)
+    with pytest.raises(httpx.RemoteProtocolError):
+        await client.post(PATH, json=asking(simulate={"fault": "refuse"}))
     assert (simulator.served[-1].status, simulator.served[-1].fault) == (None, "refuse")
 
 
 async def test_hang_never_answers(simulator: Simulator, client: httpx.AsyncClient) -> None:
-    body, error = await read_until_broken(client, asking(simulate={"fault": "hang"}), patience=0.2)
-    assert (body, type(error)) == (b"", httpx.ReadTimeout)
-    await until(lambda: simulator.served[-1].closed_early)
+    with pytest.raises(httpx.ReadTimeout):
+        await client.post(PATH, json=asking(simulate={"fault": "hang"}), timeout=httpx.Timeout(10, read=0.2))
+    await until(lambda: len(simulator.served) == 1 and simulator.served[-1].closed_early)
 
 
 async def test_stall_sends_the_given_number_of_deltas_and_then_nothing(
     simulator: Simulator, client: httpx.AsyncClient
 ) -> None:
-    body, error = await read_until_broken(client, asking(simulate={"fault": "stall", "after": 3}), patience=0.2)
-    assert isinstance(error, httpx.ReadTimeout)
+    body = b""
+    async with client.stream("POST", PATH, json=asking(simulate={"fault": "stall", "after": 3})) as response:
+        sent = response.aiter_raw()
+        while body.count(b"\n\n") < 4:  # the role and three deltas
+            body += await anext(sent)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(sent), 0.2)
     assert texts(body) == {0: "I am LLaMA"}
     await until(lambda: simulator.served[-1].closed_early)
 
@@ -510,7 +504,7 @@ async def test_a_close_by_the_client_is_recorded(simulator: Simulator, client: h
     served = simulator.served[-1]
     assert (served.closed_early, served.finished) == (True, False)
     assert answer_to(OTHER, tokens=4000).startswith(served.texts[0])
-    assert served.chunks < 200
+    assert served.chunks < 4000
 
 
 async def test_the_record_holds_what_was_sent(tmp_path: Path) -> None:
