@@ -60,7 +60,8 @@ def check_takeover(lines: list[Object]) -> None:
     (killed,) = [line for line in lines if "killed" in line]
     entries = [(line["follower"], cast("Object", line["entry"])) for line in lines if "entry" in line]
     for name in READERS:
-        claimed, resumed = [entry for follower, entry in entries if follower == name]
+        # Before that, a busy machine may have kept a worker from running for its short lease.
+        *_, claimed, resumed = [entry for follower, entry in entries if follower == name]
         assert (claimed["type"], resumed["type"]) == ("claimed", "resumed")
         assert claimed["worker"] != killed["killed"]
 
@@ -82,7 +83,7 @@ async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
 
 
 async def test_without_any_redis_server_the_demo_imitates_one(start_simulator: StartSimulator) -> None:
-    paced = await start_simulator(Options(scenario=Scenario(rate=150)))
+    paced = await start_simulator(Options(scenario=Scenario(rate=80)))
     lines: list[Object] = []
     await run_demo(lambda _, data: lines.append(data), vllm_url=paced.url, servers=[])
     assert lines[0]["redis"] == "fakeredis (an imitation in Python)"
@@ -139,7 +140,7 @@ async def on_a_terminal(until: str, **variables: str) -> str:
     os.close(end)
     printed = b""
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             while until.encode() not in printed:
                 printed += await asyncio.to_thread(os.read, terminal, 4096)
         process.terminate()
@@ -205,9 +206,9 @@ async def test_servers_that_are_not_there_are_reported_at_once() -> None:
 async def test_a_worker_that_dies_by_itself_ends_the_demo_at_once() -> None:
     async with started("demo") as process:
         await line_with(process.stdout, "websocket │")
-        workers = [c for c in psutil.Process(process.pid).children() if "worker" in c.cmdline()]
-        assert len(workers) == 2
-        workers[0].kill()
+        # Both, since on a busy machine the demo may have killed one by now.
+        for worker in (c for c in psutil.Process(process.pid).children() if "worker" in c.cmdline()):
+            worker.kill()
         ended = await rest(process)
     assert ended.status == 1
     assert ended.err.startswith("Error: a worker ended unexpectedly")
