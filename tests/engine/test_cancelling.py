@@ -251,7 +251,7 @@ async def test_a_cancel_while_a_server_is_asked_how_to_resume(
 ) -> None:
     async with Silent(Options(scenario=Scenario(fault="cut", after=8))) as silent:
         await worker_before(start_worker, redis, silent)
-        request_id = await client.enqueue(chat_request(), timeout=2 if ended_by == "deadline" else 600)
+        request_id = await client.enqueue(chat_request(), timeout=6 if ended_by == "deadline" else 600)
 
         async def is_asked() -> bool:
             return silent.requests == 1
@@ -260,7 +260,11 @@ async def test_a_cancel_while_a_server_is_asked_how_to_resume(
         if ended_by == "cancel":
             await client.cancel(request_id)
         finished = await settled(redis)
-        assert silent.closed == 1
+
+        async def is_closed() -> bool:
+            return silent.closed == 1
+
+        await eventually(is_closed)
     assert finished[b"outcome"] == (b"cancelled" if ended_by == "cancel" else b"error")
     assert json.loads(finished[b"usage"])["completion_tokens"] == 8, "the usage so far is reported"
 

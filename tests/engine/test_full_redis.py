@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Entries, StartSimulator, StartWorker, metric, stream
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
@@ -18,7 +19,7 @@ from worker.engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.server import Simulator
 from worker.telemetry.logging import configure_logging
 
 
@@ -58,8 +59,9 @@ async def calls(redis: Redis, command: str) -> int:
 async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
-    worker = await start_worker(simulator, lease=1)
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
+    worker = await start_worker(simulator, lease=1, gap_timeout=600)
     request_id = await client.enqueue(chat_request())
 
     async def begun() -> bool:
@@ -76,6 +78,7 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     await redis.config_set("maxmemory", "1")
     try:
         await paused(worker, REDIS_FULL)
+        clock.release()
         await eventually(answered)
         before = await calls(redis, "xclaim")
         await eventually(outlasted)

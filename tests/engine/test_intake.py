@@ -305,6 +305,10 @@ async def searches_for_lines(redis: Redis) -> int:
     return int(calls["cmdstat_xpending"]["calls"]) if "cmdstat_xpending" in calls else 0
 
 
+async def has_searched_for_lines(redis: Redis) -> bool:
+    return bool(await searches_for_lines(redis))
+
+
 async def test_a_reader_that_waits_for_new_jobs_does_not_delay_a_line(redis_url: str, redis: Redis) -> None:
     (waiting,) = await add(redis, "a")
     servers = FakeServers(a=0, b=1)
@@ -381,7 +385,7 @@ async def test_a_new_job_of_a_more_important_queue_comes_before_parked_jobs(redi
 async def test_an_overdue_job_is_taken_though_no_server_has_room(redis_url: str, redis: Redis) -> None:
     servers = FakeServers(a=0, b=1)
     async with intake(redis_url, servers, pace=Pace(scan_every=0.1, overdue_every=0.2)) as one:
-        due = one.clock.now() + 1500
+        due = one.clock.now() + 5000
         (overdue,) = await add(redis, "a", deadline=str(due))
         (waiting,) = await add(redis, "a", deadline=str(due + 3_600_000))
         await has_parked(redis, 2)
@@ -485,9 +489,9 @@ async def test_a_job_that_must_wait_is_not_lost_while_redis_is_away(redis_proxy:
     (waiting,) = await add(redis)
     async with intake(redis_proxy.redis_url, FakeServers(a=1)) as one:
         one.must_wait = lambda request: one.parks[request] < 1
-        redis_proxy.hold(rb"XPENDING chat:jobs workers \d")  # of the job, and not of the consumers
+        parking = redis_proxy.hold(rb"XPENDING chat:jobs workers \d")  # of the job, and not of the consumers
         await has_started(one, waiting)
-        await asyncio.sleep(0.3)
+        await parking.met.wait()
         assert len(one.running) == 1
         await redis_proxy.cut()
 
@@ -573,7 +577,8 @@ async def test_a_line_whose_name_is_a_hash_is_served_by_a_process_that_does_not_
 
 async def test_jobs_with_a_place_cost_no_command_of_their_own(redis_url: str, redis: Redis) -> None:
     async with intake(redis_url, FakeServers(a=1000), pace=Pace(scan_every=30)) as one:
-        await asyncio.sleep(0.3)
+        await eventually(lambda: is_read_again(redis))
+        await eventually(lambda: has_searched_for_lines(redis))  # the only time within this test
         await redis.config_resetstat()
         ids = await add(redis, count=50)
         await has_started(one, *ids)

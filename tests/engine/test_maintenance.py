@@ -159,7 +159,7 @@ async def test_a_job_whose_renewal_is_refused_is_stopped_once_its_lease_has_expi
         reasons.append(await stop)
 
     leases = RunningJobs(one.jobs, work, lambda: None, lease=10, telemetry=Receivers())
-    leases.start(await one.jobs.read_new("default", 1, 500), time.monotonic() - (11 if expired else 9))
+    leases.start(await one.jobs.read_new("default", 1, 500), time.monotonic() - (11 if expired else 5))
     await redis.acl_setuser("default", commands=["-xclaim"], enabled=True)
     try:
         with pytest.raises(NoPermissionError):

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from conftest import StartSimulator, StartWorker
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
@@ -50,34 +51,39 @@ async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -
 async def test_a_second_stop_signal_loses_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
-    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
-    questions = [f"question {n}" for n in range(10)]
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600, gap_timeout=600)
+    questions = [f"question {n}" for n in range(4)]
     ids = [await client.enqueue(chat_request(question)) for question in questions]
 
     async def all_run() -> bool:
-        return sum(served.chunks > 2 for served in simulator.served) == 10
+        return sum(served.chunks > 2 for served in simulator.served) == 4
 
     await eventually(all_run)
     configure_logging("json")
     with capture_logs() as logs:
         stop_at_once(first)
+
+        async def are_handed_over() -> bool:
+            return any(line["event"] == "jobs_handed_over" for line in logs)
+
+        await eventually(are_handed_over)
+        clock.release()
         await start_worker(simulator, lease=NEVER)
         await all_whole(redis, list(await asyncio.gather(*map(client.result, ids))), questions)
 
-    # Jobs that had their end when they were stopped are handed over, but not taken over.
-    taken = [line["attempt"] for line in logs if line["event"] == "job_taken_over"]
-    assert set(taken) == {2}
-    (handed,) = [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"]
-    assert len(taken) <= handed <= 10
-    assert first._running_jobs.finished <= 10 - len(taken), "jobs that were handed over have not ended here"
+    assert [line["attempt"] for line in logs if line["event"] == "job_taken_over"] == [2] * 4
+    assert [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"] == [4]
+    assert first._running_jobs.finished == 0, "jobs that were handed over have not ended here"
 
 
 async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
-    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600, gap_timeout=600)
     request_id = await client.enqueue(chat_request())
 
     async def runs() -> bool:
@@ -91,7 +97,17 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
 
     await eventually(all_slots_wait)
     stop_at_once(first)
+    assert (await second_attempt(client, request_id)) == 2
+    clock.release()
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
+
+
+async def second_attempt(client: Client, request_id: str) -> int:
+    """Wait until another worker has taken the job over. Returns the number of its attempt."""
+    async for entry in client.follow(request_id):
+        if entry.id.attempt > 1:
+            return entry.id.attempt
+    raise AssertionError("no worker has taken the job over")
 
 
 @pytest.mark.parametrize("command", ["XREADGROUP", "XCLAIM"])

@@ -87,8 +87,8 @@ async def test_a_parked_job_ends_at_its_deadline_and_a_cancelled_one_at_once(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_beside(start_worker, await start_simulator(), Away())
-    overdue = await client.enqueue(chat_request("a", "other"), timeout=2)
-    cancelled = await client.enqueue(chat_request("b", "other"), timeout=4)
+    overdue = await client.enqueue(chat_request("a", "other"), timeout=6)
+    cancelled = await client.enqueue(chat_request("b", "other"), timeout=10)
     await has_parked(redis, 2)
     await client.cancel(cancelled)
     assert (await client.result(cancelled)).outcome == "cancelled"

@@ -21,7 +21,9 @@ from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.settings import load_settings
+from worker.vllm.servers.pace import ServerPace
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
 STORY = [{"role": "user", "content": "Tell me a story"}]
@@ -250,7 +252,7 @@ async def test_a_deadline_that_passes_mid_stream_ends_the_answer_and_keeps_its_t
         return metric(worker, "vllm_up", endpoint=slow.url) == 1
 
     await eventually(is_up)  # the text must begin before the deadline
-    answer = await client.result(await client.enqueue(chat_request("Tell me a story"), timeout=3))
+    answer = await client.result(await client.enqueue(chat_request("Tell me a story"), timeout=6))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"
     assert answer.text
@@ -279,7 +281,11 @@ async def test_cancelling_stops_vllm_and_seals_the_log(
     assert answer.outcome == "cancelled"
     assert answer_to(STORY).startswith(answer.text)
     await settled(redis)
-    assert slow.served[0].closed_early
+
+    async def closed() -> bool:
+        return slow.served[0].closed_early
+
+    await eventually(closed)
     finished = (await stream(redis, "chat:lifecycle"))[-1][1]
     assert finished[b"outcome"] == b"cancelled"
     assert json.loads(finished[b"usage"])["completion_tokens"] >= 4, "the usage so far is reported"
@@ -586,28 +592,44 @@ async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client,
         await client.enqueue(chat_request(), id="never")
 
 
+class Falling(Simulator):
+    """A server that answers nothing any more once `falls` is set. `asked` is set by the next request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.falls, self.asked = asyncio.Event(), asyncio.Event()
+
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
+        if self.falls.is_set():
+            self.asked.set()
+            await asyncio.Event().wait()
+        await super()._handle(request, connection)
+
+
 async def test_a_server_that_never_answers_delays_no_renewal(
-    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, server_pace: ServerPace
 ) -> None:
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
+    server_pace.probe_every = server_pace.idle_every = 0.1
+    server_pace.probe_limit = 600
 
-    longest = 0
+    async def has_begun() -> bool:
+        return bool(simulator.served)
 
-    async def ended() -> bool:
-        """Meanwhile, measure how old the lease becomes."""
-        nonlocal longest
-        pending = await redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
-        longest = max([longest, *(int(line["time_since_delivered"]) for line in pending)])
-        return (await read(redis, request_id)).outcome == "done"
+    async def renewals() -> int:
+        return int((await redis.info("commandstats")).get("cmdstat_xclaim", {"calls": 0})["calls"])
 
-    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
-        silent = SimpleNamespace(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await start_worker(simulator, silent, lease=3)
-        request_id = await client.enqueue(chat_request("Tell me a story", simulate={"rate": 40}))
-        await eventually(ended)
-    assert 0 < longest < 2900, "renewed three times a lease"
+    async def has_renewed_often() -> bool:
+        return await renewals() >= before + 3
+
+    async with Falling() as silent:
+        await start_worker(simulator, silent, lease=1, gap_timeout=600)
+        request_id = await client.enqueue(chat_request(simulate={"fault": "stall", "after": 3}))
+        await eventually(has_begun)
+        silent.falls.set()
+        await silent.asked.wait()
+        before = await renewals()
+        await eventually(has_renewed_often)
+        await client.cancel(request_id)
 
 
 async def test_a_worker_with_a_failing_part_ends_and_does_not_hang(

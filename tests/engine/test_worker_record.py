@@ -58,8 +58,7 @@ async def test_an_idle_worker_renews_its_record_six_times_a_lease(
 
     async def renewed() -> bool:
         beats.update(record.beat for record in (await WorkerRegistry(redis, Keys()).records()).values())
-        return len(beats) >= 5
+        gaps = [later - earlier for earlier, later in pairwise(sorted(beats))]
+        return any(gap < 1500 for gap in gaps[2:])  # the heartbeat alone comes every 2 s
 
     await eventually(renewed)
-    gaps = [later - earlier for earlier, later in pairwise(sorted(beats))]
-    assert min(gaps[2:]) < 2000  # the heartbeat alone comes every 2 s

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartProcess, StartSimulator, StartWorker, stream
+from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
@@ -45,12 +46,20 @@ async def nothing_pending(redis: Redis) -> bool:
 async def test_two_workers_and_two_hundred_jobs_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
+    clock = HaltingClock(3)
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)), clock=clock)
     for _ in range(2):
         # Slots for half of the jobs, so that both workers take their share; a timeout that suits two busy cores.
         start_process(simulator, slots=JOBS // 2, lease=15)
     questions = [f"question {number}" for number in range(JOBS)]
     ids = await asyncio.gather(*(client.enqueue(chat_request(question)) for question in questions))
+
+    async def both_have_jobs() -> bool:
+        consumers = await redis.xinfo_consumers("chat:jobs", "workers")
+        return sum(bool(consumer["pending"]) for consumer in consumers) == 2
+
+    await eventually(both_have_jobs)  # one could do all jobs before the other has started
+    clock.release()
     answers = await asyncio.gather(*map(client.result, ids))
     assert [answer.text for answer in answers] == [expected(question) for question in questions]
 
@@ -92,7 +101,8 @@ async def test_a_worker_that_stops_lets_its_jobs_end(
 async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
     # With leases of a minute only a hand-over lets the second worker continue within this test.
     first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
     request_id = await client.enqueue(chat_request("Tell me a story"))
@@ -102,7 +112,8 @@ async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
         if isinstance(entry, Delta) and entry.id == (1, 5):
             start_process(simulator, lease=60)
             first.terminate()
-    assert await asyncio.to_thread(first.wait, 60) == 0
+            assert await asyncio.to_thread(first.wait, 60) == 0
+            clock.release()
     assert Answer(entries).text == expected("Tell me a story")
     assert Answer(entries).attempt == 2
     await eventually(lambda: nothing_pending(redis))
@@ -148,7 +159,8 @@ async def test_a_read_waits_for_less_than_half_a_lease(
 async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=20)))
+    clock = HaltingClock(8)
+    simulator = await start_simulator(clock=clock)
     process = start_process(simulator, drain_timeout=0.1, lease=60)
     request_id = await client.enqueue(chat_request("Who are you?"))
 
@@ -161,6 +173,7 @@ async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     await eventually(begun)
     await redis.config_set("maxmemory", "1")
     try:
+        clock.release()
         await eventually(answered)
         process.terminate()
         assert await asyncio.to_thread(process.wait, 60) == 0
