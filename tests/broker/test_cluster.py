@@ -11,6 +11,7 @@ import pytest
 import topology
 from acl import PASSWORD, acl
 from conftest import StartProcess, StartSimulator, StartWorker, stream
+from halting_clock import HaltingClock
 from lifecycle_records import KEY, LOSSES, MIB, write_records
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -254,7 +255,7 @@ async def test_cancel_ends_a_stream_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=20)))
-    await start_worker(simulator, redis_url=cluster_url, lease=0.5)
+    await start_worker(simulator, redis_url=cluster_url, lease=5)
     request_id = await client.enqueue(chat_request("Tell me a story"))
     async for entry in client.follow(request_id):
         if isinstance(entry, Delta) and entry.id.n == 3:
@@ -298,7 +299,8 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
 async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
+    clock = HaltingClock(15)
+    simulator = await start_simulator(clock=clock)
     first = start_process(simulator, redis_url=cluster_url, lease=1)
     entries = []
     async for entry in client.generate(chat_request("Tell me a story")):
@@ -306,6 +308,7 @@ async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
         if isinstance(entry, Delta) and entry.id == (1, 10):
             first.kill()
             first.wait()
+            clock.release()
             start_process(simulator, redis_url=cluster_url, lease=1)
     whole(entries, "Tell me a story")
     assert "resumed" in [entry.type for entry in entries]

@@ -11,6 +11,7 @@ from processes import claim_expired
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from waits import eventually
 
 from worker.broker.abandoned_jobs import AbandonedJobs
 from worker.broker.job_queue import Delivery, JobQueue
@@ -18,7 +19,8 @@ from worker.contract.keys import GROUP, Keys
 from worker.redisio.clients import blocking_client, command_client
 from worker.telemetry.logging import LogReceiver, configure_logging
 
-LEASE = 0.5
+LEASE = 60.0
+"""Seconds: so long that real time plays no part."""
 
 
 class Group:
@@ -26,7 +28,7 @@ class Group:
 
     def __init__(self, url: str) -> None:
         self.commands = command_client(url)
-        self.blocking = blocking_client(url, 1)
+        self.blocking = blocking_client(url, 60)
 
     def consumer(self, name: str, lease: float = LEASE) -> JobQueue:
         return JobQueue(self.commands, self.blocking, Keys(), name, lease, LogReceiver())
@@ -281,7 +283,12 @@ async def test_a_consumer_is_removed_only_with_nothing_pending(group: Group, red
 
 
 async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
-    reading = asyncio.create_task(group.consumer("one").read_new("default", 1, 900))
+    reading = asyncio.create_task(group.consumer("one").read_new("default", 1, 60_000))
+
+    async def waits() -> bool:
+        return bool((await redis.info("clients"))["blocked_clients"])
+
+    await eventually(waits)
     (entry,) = await add(redis, 1)
     assert [delivery.id for delivery in await reading] == [entry]
 

@@ -67,7 +67,7 @@ async def test_a_running_job_keeps_its_lease(
     """Its lease is renewed, so it shows some idle time at nearly every look, and its worker shows new beats."""
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     for _ in range(2):
-        await start_worker(silent, lease=1, first_token_timeout=60)
+        await start_worker(silent, lease=4, first_token_timeout=600)
     await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}, id="r")
     beats: set[bytes] = set()
 

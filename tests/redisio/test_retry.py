@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -70,10 +71,9 @@ async def test_nothing_is_retried_once_the_caller_has_to_stop() -> None:
 
 
 async def test_nothing_is_retried_after_the_limit() -> None:
-    retry = RetryUntilAvailable(limit=0.1)
-    assert await retry(Flaky(1), "a", second=2) == ("a", 2)
+    assert await RetryUntilAvailable(limit=60)(Flaky(1), "a", second=2) == ("a", 2)
     with pytest.raises(RedisConnectionError):
-        await retry(Flaky(100), "a", second=2)
+        await RetryUntilAvailable(limit=0.1)(Flaky(100), "a", second=2)
 
 
 async def test_an_outage_is_over_when_the_last_of_its_operations_succeeds() -> None:
@@ -99,14 +99,22 @@ async def test_short_outages_in_a_row_are_reported_once_in_a_while() -> None:
     assert [type(event) for event in recorder.events] == [Failing, Recovered]
 
 
-async def test_an_outage_soon_after_another_is_reported_if_it_lasts() -> None:
+async def test_an_outage_soon_after_another_is_reported_if_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("worker.redisio.retry.time", SimpleNamespace(monotonic=lambda: now))
+
+    class Lasting(Flaky):
+        async def __call__(self, first: str, *, second: int) -> tuple[str, int]:
+            nonlocal now
+            now += 10
+            return await super().__call__(first, second=second)
+
     recorder = Recorder()
-    retry = RetryUntilAvailable(outage=Outage(recorder, quiet_for=0.1))
+    retry = RetryUntilAvailable(outage=Outage(recorder, quiet_for=30))
     await retry(Flaky(1), "a", second=2)
     assert recorder.events == [REFUSED, RECOVERED]
-    await retry(Flaky(5), "a", second=2)  # the first four pauses take 0.37 s or more
-    assert 1 <= recorder.events[2:].count(REFUSED) < 5
-    assert recorder.events[-1] == RECOVERED
+    await retry(Lasting(5), "a", second=2)
+    assert recorder.events[2:] == [REFUSED, REFUSED, RECOVERED], "those after 40 and 50 s"
 
 
 async def test_mixed_up_tls_is_probed_once_and_advised_with_every_failure() -> None:

@@ -36,7 +36,7 @@ class Recorder:
 @pytest.fixture
 async def subscriptions(redis_proxy: Proxy) -> AsyncIterator[Subscriptions]:
     async with command_client(redis_proxy.redis_url, connections=1) as redis:
-        subscriptions = Subscriptions(redis, silence=0.5)
+        subscriptions = Subscriptions(redis, silence=2.5)  # for which a busy machine may not run Redis
         yield subscriptions
         await subscriptions.aclose()
 
@@ -129,10 +129,10 @@ async def test_a_silent_connection_that_answers_a_ping_is_kept(subscriptions: Su
     await until(listener)
     before = await pings()
 
-    async def has_answered_several() -> bool:
-        return await pings() >= before + 4  # the fourth is sent only after a whole silence with an answer
+    async def has_answered_twice() -> bool:
+        return await pings() >= before + 2  # the second is sent only after a whole silence with an answer
 
-    await eventually(has_answered_several)
+    await eventually(has_answered_twice)
     assert (listener.times_subscribed, listener.times_interrupted) == (1, 0)
 
 
