@@ -6,11 +6,12 @@ from typing import Any
 
 from pools import SHORT, Recorder, quick, request_answer, serving, until, watching
 
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.server import Options
 from worker.vllm.servers.circuit import CircuitState
 from worker.vllm.servers.pace import ServerPace
 
-LATE = 0.3
+LATE = 0.6
 """A limit of probes that a server on a busy machine keeps."""
 
 
@@ -21,13 +22,14 @@ def often(**pace: Any) -> ServerPace:  # noqa: ANN401
 
 async def test_an_idle_server_that_ends_is_away_and_up_again_once_it_is_back() -> None:
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(Recorder())
+        port = free_port()
+        first = await stack.enter_async_context(Recorder(port=port))
         async with watching(first.url, pace=often()) as pool:
             (pooled,) = pool.servers
             await stack.aclose()
             await until(lambda: pooled.is_away)
             assert pooled.circuit.reason == "upstream_unreachable"
-            async with Recorder(port=int(first.url.rpartition(":")[2])) as second:
+            async with Recorder(port=port) as second:
                 await until(lambda: pooled.is_up)
                 asked = len(second.asked)
                 await until(lambda: len(second.asked) > asked + 2)
