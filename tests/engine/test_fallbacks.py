@@ -8,6 +8,7 @@ from conftest import StartSimulator, StartWorker
 from waits import eventually
 
 from worker import Answer, Client, Done, Entry, Failed, State
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import Fault, answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
@@ -175,7 +176,8 @@ async def test_a_model_whose_only_server_is_away_is_given_up_for_one_with_a_serv
 async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    async with Simulator(Options(model="large")) as large, Simulator(Options(model="small")) as small:
+    port = free_port()
+    async with Simulator(Options(model="large")) as large, Simulator(Options(model="small"), port=port) as small:
         other = await start_simulator()
         await start_worker(large, small, other)
         for model in ("large", "small"):  # so that the worker knows the models of both servers
@@ -186,6 +188,6 @@ async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
         return (await client.status(request_id)).state is State.RUNNING
 
     await eventually(begun)
-    await start_simulator(Options(model="small"), int(small.url.rpartition(":")[2]))
+    await start_simulator(Options(model="small"), port)
     answer = await client.result(request_id)
     assert (answer.outcome, answer.model) == ("done", "small")

@@ -100,15 +100,14 @@ async def test_a_lone_draining_server_fails_no_job_and_its_successor_answers(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
     server_pace.first_drain_pause = server_pace.probe_every = 0.05
-    options = Options(scenario=Scenario(rate=50))
-    async with Simulator(options) as leaving:
+    options, port = Options(scenario=Scenario(rate=50)), free_port()
+    async with Simulator(options, port=port) as leaving:
         await start_worker(leaving, slots=8, tries=1)
         ids = [await client.enqueue(chat_request("question 0"))]
         await have_begun(1, leaving)
         draining = asyncio.create_task(leaving.drain())
         ids += [await client.enqueue(chat_request(f"question {n}")) for n in range(1, 10)]
         await draining
-        port = int(leaving.url.rpartition(":")[2])
     await start_simulator(options, port=port)
     outcomes = [(await client.result(request_id)).outcome for request_id in ids]
     assert outcomes == ["done"] * 10

@@ -339,7 +339,8 @@ async def test_a_job_that_waits_for_its_model_is_logged_once(
 ) -> None:
     server_pace.probe_every = 0.05
     configure_logging("json", "info")
-    async with Simulator(Options(model="large")) as large:
+    port = free_port()
+    async with Simulator(Options(model="large"), port=port) as large:
         worker = await start_worker(large, await start_simulator(Options(model="small")))
         await answers(client, chat_request("before", "large"))
     with capture_logs() as logs:
@@ -349,7 +350,7 @@ async def test_a_job_that_waits_for_its_model_is_logged_once(
             return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
         await eventually(waits)
-        await start_simulator(Options(model="large"), int(large.url.rpartition(":")[2]))
+        await start_simulator(Options(model="large"), port)
         assert (await client.result(request_id)).outcome == "done"
     logged = [line for line in logs if line["event"] == "waiting_for_model"]
     assert logged == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
@@ -362,7 +363,8 @@ async def test_a_waiting_job_without_a_model_is_logged_without_one(
     """The log had an empty model once."""
     server_pace.probe_every = 0.05
     configure_logging("json", "info")
-    async with Simulator() as away:
+    port = free_port()
+    async with Simulator(port=port) as away:
         worker = await start_worker(away)
         await answers(client, chat_request("before"))
     with capture_logs() as logs:
@@ -373,7 +375,7 @@ async def test_a_waiting_job_without_a_model_is_logged_without_one(
             return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
         await eventually(waits)
-        await start_simulator(Options(), int(away.url.rpartition(":")[2]))
+        await start_simulator(port=port)
         assert (await client.result(request_id)).outcome == "done"
     logged = [line for line in logs if line["event"] == "waiting_for_model"]
     assert logged == [{"event": "waiting_for_model", "log_level": "info"}]
