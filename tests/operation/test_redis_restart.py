@@ -14,6 +14,7 @@ from conftest import StartSimulator, StartWorker
 from durable_redis import Durable
 from gateway_fixtures import KEY_A, KEYS, GatewayProcess, StartGatewayProcess
 from serving import EventReader, entries_of
+from steered_clock import SteeredClock
 from waits import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
@@ -199,9 +200,17 @@ async def streaming(gateway: GatewayProcess) -> AsyncIterator[Streams]:
 
 
 @pytest.fixture
-async def _worker(start_worker: StartWorker, start_simulator: StartSimulator, durable: Durable) -> None:
-    simulator = await start_simulator(Options(scenario=Scenario(tokens=TOKENS, rate=50.0)))
-    await start_worker(simulator, redis_url=durable.url, lease=60)
+def clock() -> SteeredClock:
+    """The time of the vLLM server: an answer takes a minute and a half, if it is not hurried."""
+    return SteeredClock()
+
+
+@pytest.fixture
+async def _worker(
+    start_worker: StartWorker, start_simulator: StartSimulator, durable: Durable, clock: SteeredClock
+) -> None:
+    simulator = await start_simulator(Options(scenario=Scenario(tokens=TOKENS, rate=2.0)), clock=clock)
+    await start_worker(simulator, redis_url=durable.url, lease=60, gap_timeout=60)
 
 
 def complaints(gateway: GatewayProcess) -> list[str]:
@@ -226,13 +235,14 @@ async def check_all_works(gateway: GatewayProcess) -> None:
 
 @pytest.mark.usefixtures("_worker")
 async def test_streams_outlive_a_redis_that_comes_back_in_time(
-    durable: Durable, start_gateway_process: StartGatewayProcess
+    durable: Durable, clock: SteeredClock, start_gateway_process: StartGatewayProcess
 ) -> None:
     gateway = await start_gateway_process(redis_url=durable.url, keys=KEYS)
     async with streaming(gateway) as streams:
         durable.kill()
         assert not any(native.is_over for native in streams.natives)
         durable.start()
+        clock.hurry()
     assert [native.text for native in streams.natives] == [TEXT] * 4
     assert not [native.interruptions for native in streams.natives if native.interruptions]
     assert (streams.chat.text, streams.chat.error, streams.chat.is_whole) == (TEXT, "", True)
@@ -273,9 +283,9 @@ async def check_refused(gateway: GatewayProcess, request_id: str) -> None:
 
 @pytest.mark.usefixtures("_worker")
 async def test_streams_end_with_an_error_that_clients_see_if_redis_stays_away(
-    durable: Durable, start_gateway_process: StartGatewayProcess
+    durable: Durable, clock: SteeredClock, start_gateway_process: StartGatewayProcess
 ) -> None:
-    gateway = await start_gateway_process(redis_url=durable.url, keys=KEYS, patience=0.5, header_timeout=60)
+    gateway = await start_gateway_process(redis_url=durable.url, keys=KEYS, patience=3, header_timeout=60)
     async with streaming(gateway) as streams:
         durable.kill()
 
@@ -285,6 +295,7 @@ async def test_streams_end_with_an_error_that_clients_see_if_redis_stays_away(
         await eventually(are_interrupted)
         await check_refused(gateway, streams.chat.request_id)
         durable.start()
+        clock.hurry()
     assert [native.text for native in streams.natives] == [TEXT] * 4
     assert [set(native.interruptions) for native in streams.natives] == [{"busy"}] * 3 + [{"1013"}]
     assert TEXT.startswith(streams.chat.text)

@@ -27,7 +27,7 @@ from worker.top.installation import Installation
 from worker.top.screens import Question
 from worker.top.table import LiveTable
 
-STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 4000}
+STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}]}
 
 TopPilot = Pilot[None]
 
@@ -119,7 +119,7 @@ async def test_a_request_is_cancelled_and_its_worker_drained_only_after_a_yes(
     redis: Redis, redis_url: str, client: Client, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
     """A worker process runs two requests that do not end by themselves."""
-    worker = start_process(await start_simulator(Options(scenario=Scenario(rate=10))), drain_timeout=0)
+    worker = start_process(await start_simulator(Options(scenario=Scenario(rate=10, tokens=4000))), drain_timeout=0)
     first, second = [await client.enqueue(STORY, id=f"story-{number}") for number in range(2)]
     async with shown(redis_url) as pilot:
         await until_listed(pilot, first, second)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import StartProcess
 from otlp_receiver import Collector, collector
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
@@ -27,17 +28,20 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 async def test_a_job_that_changes_its_worker_twice_stays_in_one_trace(
     client: Client, start_process: StartProcess, traced: Collector
 ) -> None:
-    async with Simulator(Options(scenario=Scenario(rate=10))) as vllm:
-        workers = [start_process(vllm, drain_timeout=0)]
+    clock = SteeredClock()
+    async with Simulator(Options(scenario=Scenario(rate=1)), clock=clock) as vllm:
+        workers = [start_process(vllm, drain_timeout=0, lease=6)]
         request = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
         request_id = await client.enqueue(request, traceparent=f"00-{TRACE}-{PARENT}-01")
         attempt, entries = 1, list[Entry]()
         async for entry in client.follow(request_id):
             entries.append(entry)
             if isinstance(entry, Delta) and entry.id.attempt == attempt and len(workers) == attempt < 3:
-                workers.append(start_process(vllm, drain_timeout=0))
+                workers.append(start_process(vllm, drain_timeout=0, lease=6))
                 workers[-2].send_signal(signal.SIGTERM if attempt == 1 else signal.SIGKILL)
                 attempt += 1
+            elif isinstance(entry, Delta) and entry.id.attempt == 3:
+                clock.hurry()
         assert [entry.reason for entry in entries if isinstance(entry, Claimed)] == ["takeover", "takeover"]
         sent = [served.traceparent for served in vllm.served]
 
