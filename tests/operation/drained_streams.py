@@ -43,6 +43,7 @@ class Reader:
     began: asyncio.Event = field(default_factory=asyncio.Event)
     was_resumed: bool = False
     was_claimed: bool = False
+    """Whether another worker took the answer over after its first text."""
     outcome: str = ""
 
     @property
@@ -59,7 +60,7 @@ class Reader:
                 self.wait, last = max(self.wait, now - last if last else 0.0), now
                 self.text += entry.text
                 self.began.set()
-            self.was_claimed |= isinstance(entry, Claimed)
+            self.was_claimed |= isinstance(entry, Claimed) and self.began.is_set()
             self.was_resumed |= isinstance(entry, Resumed)
             if entry.type in ("done", "error", "cancelled"):
                 self.outcome = entry.type

@@ -82,7 +82,7 @@ async def test_the_terminal_is_as_before_however_it_ends(
 
             await eventually(has_ended)
             assert process.returncode == 0
-        assert await is_seen(_LEAVES_SCREEN)
+        await eventually(lambda: is_seen(_LEAVES_SCREEN))
         assert termios.tcgetattr(program) == former
 
 
