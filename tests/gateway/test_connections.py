@@ -25,7 +25,13 @@ ENOUGH = 60.0
 
 @pytest.fixture
 async def served(start_gateway: StartGateway) -> Served:
-    return await start_gateway(rooms=(plain_room,), header_timeout=0.5, body_timeout=0.5, max_body_bytes=2048)
+    return await start_gateway(rooms=(plain_room,), header_timeout=ENOUGH, body_timeout=ENOUGH, max_body_bytes=2048)
+
+
+@pytest.fixture
+async def hasty(start_gateway: StartGateway) -> Served:
+    """A gateway that soon ends a connection whose head or body does not arrive."""
+    return await start_gateway(rooms=(plain_room,), header_timeout=0.5, body_timeout=0.5)
 
 
 async def exchange(port: int, raw: bytes, *, half_close: bool = False) -> bytes:
@@ -104,19 +110,19 @@ async def test_fields_after_the_body_are_no_headers(served: Served) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: loc", b"\r\n\r\n"])
-async def test_a_head_that_does_not_arrive_ends_the_connection_without_an_answer(served: Served, sent: bytes) -> None:
-    assert await exchange(served.port, sent) == b""
+async def test_a_head_that_does_not_arrive_ends_the_connection_without_an_answer(hasty: Served, sent: bytes) -> None:
+    assert await exchange(hasty.port, sent) == b""
 
 
-async def test_half_a_head_after_a_whole_request_ends_the_connection(served: Served) -> None:
+async def test_half_a_head_after_a_whole_request_ends_the_connection(hasty: Served) -> None:
     whole = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    response = await exchange(served.port, whole + b"GET / HT")
+    response = await exchange(hasty.port, whole + b"GET / HT")
     assert response.count(b"HTTP/1.1 ") == 1
     assert response.endswith(b"ok\n")
 
 
-async def test_drops_of_a_head_do_not_extend_its_time(served: Served) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+async def test_drops_of_a_head_do_not_extend_its_time(hasty: Served) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", hasty.port)
 
     async def drip() -> None:
         while True:
@@ -135,9 +141,9 @@ async def test_drops_of_a_head_do_not_extend_its_time(served: Served) -> None:
         writer.close()
 
 
-async def test_a_body_that_does_not_arrive_ends_the_connection(served: Served) -> None:
+async def test_a_body_that_does_not_arrive_ends_the_connection(hasty: Served) -> None:
     head = b"POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
-    assert await exchange(served.port, head + b"{") == b""
+    assert await exchange(hasty.port, head + b"{") == b""
 
 
 async def test_a_head_that_is_too_large_is_refused(served: Served) -> None:
@@ -158,8 +164,9 @@ async def test_a_handshake_of_a_websocket_with_a_body_is_refused(served: Served,
 
 
 async def test_200_silent_connections_end_by_themselves_and_stop_nobody(
-    served: Served, http: httpx.AsyncClient
+    start_gateway: StartGateway, http: httpx.AsyncClient
 ) -> None:
+    served = await start_gateway(rooms=(plain_room,), header_timeout=3)
     silent = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(200)]
     assert (await http.get(f"{served.url}/healthz")).status_code == 200
     async with asyncio.timeout(ENOUGH):
