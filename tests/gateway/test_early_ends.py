@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from serving import EventReader, entries_of
 from waits import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
+from written_log import let_deadline_pass
 
 from worker import Client, State
 from worker.contract.entries import JSON, Object
@@ -141,8 +143,14 @@ async def test_a_job_that_kills_its_worker_is_buried(
     await readers.have("buried")
 
 
-async def test_a_job_that_nobody_takes_before_its_deadline(readers: Readers, redis: Redis) -> None:
-    await readers.start(redis, relay={"timeout": 3})  # long enough for every reader to be open
+async def test_a_job_that_nobody_takes_before_its_deadline(
+    readers: Readers, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline passes once every reader is open."""
+    await readers.start(redis, relay={"timeout": 600})
+    for request_id in readers.ids:
+        await let_deadline_pass(redis, request_id)
+    monkeypatch.setattr(time, "time", lambda: time.monotonic() + 1e11)  # the readers have the former deadline
     await readers.have("deadline")
 
 
