@@ -13,7 +13,12 @@ from types import TracebackType
 from typing import Literal, Self
 
 Cut = Literal["before the head", "after the head", "after a chunk"]
+LONG = 3000
+"""Tokens of an answer of which the gateway's kernel keeps a part until the connection is cut after its head."""
+
 _HEAD_END = b"\r\n\r\n"
+_FEW = 2048
+"""Bytes: at most some times as many arrive of a response that is cut after its head."""
 
 
 @dataclass(slots=True)
@@ -123,7 +128,10 @@ class CuttingServer:
 
     async def _pass_on(self, request: bytes, client: StreamWriter, *, is_cut: bool) -> None:
         """Send a request to the gateway, and the response to the client up to its end or its cut."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway)
+        if is_cut and self._cut == "after the head":
+            reader, writer = await _open_narrow(self._gateway)
+        else:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway)
         try:
             writer.write(request)
             if is_cut and self._cut == "before the head":
@@ -141,6 +149,15 @@ class CuttingServer:
                 await client.drain()
         finally:
             writer.transport.abort()
+
+
+async def _open_narrow(port: int) -> tuple[StreamReader, StreamWriter]:
+    """Connect so that little of a response arrives while nobody reads, however late the connection is cut."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _FEW)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    return await asyncio.open_connection(sock=sock, limit=_FEW)
 
 
 def reset_at_close(writer: StreamWriter) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartSimulator, StartWorker
-from cutting_server import Cut, CuttingServer
+from cutting_server import LONG, Cut, CuttingServer
 from edge_fixtures import ClientName, RunningClient, StartClient, StartReplica
 from proxy import Proxy
 from redis.asyncio import Redis
@@ -59,7 +59,7 @@ async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
     """A connection that was used before has served a list of models. Node opens another one for its second call.
 
     A stream must not be whole when its connection is cut: a retry would then be a new request. Its first token comes
-    late, by a timer of the event loop that cuts.
+    late, by a timer of the event loop that cuts. Nor must the other end have all of an answer that is not streamed.
     """
     await start_worker(simulator)
     (tmp_path / "v1").mkdir()
@@ -72,6 +72,8 @@ async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
         call = {"body": {"model": "reciter", "messages": QUESTION, "stream": stream, "seed": number}}
         if stream and cut == "before the head":
             call["body"]["simulate"] = {"first_token": 0.5}
+        if not stream and cut == "after the head":
+            call["body"]["simulate"] = {"tokens": LONG}
         async with CuttingServer(replica.port, tmp_path, partial(eventually, is_asked), keeps=reused) as server:
             server.cut_next(cut, 1)
             reader = await start_client(client, server.url, *2 * [{"kind": "models"}], call, retries=2)
@@ -83,7 +85,8 @@ async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
         assert [post.retry for post in retries] == [1] * is_retried
         assert ("error" in result) is not is_retried
         if is_retried:
-            assert result["choices"][0]["content"] == answer_to(QUESTION)
+            tokens = call["body"].get("simulate", {}).get("tokens")
+            assert result["choices"][0]["content"] == answer_to(QUESTION, tokens=tokens)
         await eventually(is_asked)
         assert len(simulator.served) == number
 
