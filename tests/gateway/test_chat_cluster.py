@@ -47,13 +47,13 @@ async def redis(cluster_url: str) -> AsyncIterator[Redis]:
 async def test_a_repetition_attaches_and_who_left_is_cancelled(
     cluster_url: str, redis: Redis, start_gateway: StartGateway
 ) -> None:
-    gateway = await start_gateway(redis_url=cluster_url, leave_after=3.0)
+    lasting, hasty = [await start_gateway(redis_url=cluster_url, leave_after=after) for after in (600, 0.3)]
     commands = CommandBatcher(redis)
     presence = Presence(commands, Keys())
     async with Client(cluster_url) as client, aclosing(commands):
-        first = await RawPost.send(gateway.port, BODY)
+        first = await RawPost.send(lasting.port, BODY)
         assert await first.read_head() == 200
-        second = await RawPost.send(gateway.port, BODY)
+        second = await RawPost.send(hasty.port, BODY)
         assert await second.read_head() == 200
         assert second.request_id != first.request_id
 
@@ -70,7 +70,7 @@ async def test_a_repetition_attaches_and_who_left_is_cancelled(
             return not await presence.is_followed(first.request_id)
 
         await eventually(is_left)
-        retry = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
+        retry = await RawPost.send(hasty.port, BODY, x_stainless_retry_count="1")
         assert await retry.read_head() == 200
         assert retry.request_id == first.request_id
         assert await redis.xlen("chat:jobs") == 2

@@ -94,8 +94,8 @@ async def test_an_outage_longer_than_the_patience_ends_no_event_source_for_ever(
 ) -> None:
     """The stream ends without an id, so its reader comes back to the place where it is."""
     await log.write(START, delta(1, 1))
-    gateway = await start_gateway(redis_url=redis_proxy.redis_url, patience=1)
-    reader = await EventReader.open(gateway.port, path)
+    impatient, patient = [await start_gateway(redis_url=redis_proxy.redis_url, patience=each) for each in (1, 60)]
+    reader = await EventReader.open(impatient.port, path)
     events = reader.events()
     cursor, _, _ = await anext(events)
     redis_proxy.refuse()
@@ -104,7 +104,7 @@ async def test_an_outage_longer_than_the_patience_ends_no_event_source_for_ever(
     assert reader.is_whole
     await redis_proxy.heal()
     await log.append(delta(1, 2), END)
-    again = await EventReader.open(gateway.port, path, Last_Event_ID=cursor)
+    again = await EventReader.open(patient.port, path, Last_Event_ID=cursor)
     assert again.status == 200
     text = (await again.body()).decode()
     assert '"id":"1-2"' in text

@@ -238,9 +238,10 @@ async def test_hidden_repetitions_whose_connections_are_lost_too_are_no_jobs(
 
 
 async def test_a_hidden_repetition_that_is_read_together_with_the_loss_of_the_connection_attaches(
-    patient: Served, redis: Redis
+    start_gateway: StartGateway, redis: Redis
 ) -> None:
     """The gateway, in the event loop of this test, finds both in one step."""
+    patient = await start_gateway(grace=30, header_timeout=600)
     content = json.dumps(BODY).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (
         len(content),

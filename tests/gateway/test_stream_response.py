@@ -182,7 +182,7 @@ def test_a_silent_stream_gets_a_comment_every_10_to_15_seconds_by_default() -> N
 
 
 async def test_a_client_that_never_reads_loses_only_itself(client: Client, events: Events, log: WrittenLog) -> None:
-    streams = open_streams(client, events, StreamPace(write_timeout=1.0, tick=0.05))
+    streams = open_streams(client, events, StreamPace(write_timeout=5.0, tick=0.05))
     text = "x" * 200_000
     answer: list[Entry] = [START, *(Delta(id=EntryId(1, n), content=text) for n in range(1, 100)), END]
     async with serve(app_of(streams, log, NativeEvents())) as port:

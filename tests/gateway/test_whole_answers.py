@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -99,7 +100,13 @@ async def test_clients_that_never_read_a_whole_answer_cost_little_memory_and_go(
     gateway = await start_gateway_process(write_timeout=1, access_log=False)
     process = psutil.Process(gateway.process.pid)
     request_id = await write_answer(redis, client, 10_000_000)
-    assert await read_whole(http, gateway.url, kind, request_id) == "x" * 10_000_000
+
+    async def is_read() -> bool:
+        with suppress(httpx.ReadError):  # a busy machine keeps this process from reading for longer than a second
+            return await read_whole(http, gateway.url, kind, request_id) == "x" * 10_000_000
+        return False
+
+    await eventually(is_read)
     before = process.memory_info().rss
     sockets = [never_reading(gateway.port, request_of(kind, request_id)) for _ in range(READERS)]
     most = 0
