@@ -69,11 +69,10 @@ async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
         async def is_asked(count: int = number) -> bool:
             return len(simulator.served) >= count
 
-        call = {"body": {"model": "reciter", "messages": QUESTION, "stream": stream, "seed": number}}
-        if stream and cut == "before the head":
-            call["body"]["simulate"] = {"first_token": 0.5}
-        if not stream and cut == "after the head":
-            call["body"]["simulate"] = {"tokens": LONG}
+        tokens = LONG if cut == "after the head" and not stream else None
+        late = {"first_token": 0.5} if cut == "before the head" and stream else {}
+        body = {"model": "reciter", "messages": QUESTION, "stream": stream, "seed": number}
+        call = {"body": body | {"simulate": late | {"tokens": tokens}}}
         async with CuttingServer(replica.port, tmp_path, partial(eventually, is_asked), keeps=reused) as server:
             server.cut_next(cut, 1)
             reader = await start_client(client, server.url, *2 * [{"kind": "models"}], call, retries=2)
@@ -85,7 +84,6 @@ async def test_a_connection_that_is_cut_anywhere_costs_no_second_job(
         assert [post.retry for post in retries] == [1] * is_retried
         assert ("error" in result) is not is_retried
         if is_retried:
-            tokens = call["body"].get("simulate", {}).get("tokens")
             assert result["choices"][0]["content"] == answer_to(QUESTION, tokens=tokens)
         await eventually(is_asked)
         assert len(simulator.served) == number
