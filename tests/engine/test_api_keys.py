@@ -152,7 +152,7 @@ async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer
     async with Changing(lists=lists) as server:
         server.options = Options(api_key=NEW)
         await start_worker(server, vllm_api_key=OLD, tries=1)
-        answer = await client.result(await client.enqueue(chat_request(), timeout=1))
+        answer = await client.result(await client.enqueue(chat_request(), timeout=5))
         assert server.refused
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"

@@ -22,6 +22,8 @@ from worker.vllm.servers.pool import ServerPool
 from worker.vllm.stream.watchdog import StreamTimeouts
 
 QUESTIONS = ("Who are you?", "你是谁?", "Send emoji", "Write code", "Think first")
+PATIENT: dict[str, object] = {"lease": 20, "first_token_timeout": 60, "gap_timeout": 60}
+"""On a busy machine no timeout of the worker may end one of many answers at once: only the first try is broken off."""
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -113,7 +115,7 @@ async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """At every fifth chunk of every kind of answer, within characters and within reasoning; all at once."""
-    await start_worker(simulator)
+    await start_worker(simulator, **PATIENT)
 
     async def break_off(question: str, after: int) -> str:
         # Each case has messages of its own: the simulator breaks off the first answer to the same messages.
@@ -149,7 +151,7 @@ async def test_an_answer_is_resumed_more_than_once(
 async def test_a_stop_string_is_found_wherever_the_stream_breaks(
     client: Client, start_worker: StartWorker, simulator: Simulator, *, include: bool
 ) -> None:
-    await start_worker(simulator)
+    await start_worker(simulator, **PATIENT)
 
     async def break_off(after: int) -> None:
         stop = ["one line at", "no such text anywhere"]

@@ -375,7 +375,7 @@ async def test_a_job_waits_for_a_full_server_until_its_deadline(
     fault: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, tries=1)
-    request_id = await client.enqueue(chat_request(simulate={"fault": fault}), timeout=2)
+    request_id = await client.enqueue(chat_request(simulate={"fault": fault}), timeout=6)
     answer = await client.result(request_id)
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"
