@@ -1,4 +1,4 @@
-"""The benchmark measures correctly: its numbers, its search for the highest rate, and a second of each bridge."""
+"""The benchmark measures correctly: its numbers, its search for the highest rate, and some seconds of each bridge."""
 
 import json
 import math
@@ -170,32 +170,44 @@ def test_every_target_has_its_figure_in_the_report() -> None:
     assert {target.figure for target in TARGETS} <= figures.keys()
 
 
+_SECONDS = 3.0
+"""A window that is longer than a busy machine keeps a process from running."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 _BRIDGES = {"ours": lambda _: ours(), "straightforward": lambda _: straightforward(), "floor": floor}
 
 
 @pytest.mark.parametrize("name", _BRIDGES)
-def test_a_second_of_each_bridge(name: str, tmp_path: Path) -> None:
-    _second(_BRIDGES[name](tmp_path))
+def test_some_seconds_of_each_bridge(name: str, tmp_path: Path) -> None:
+    _some_seconds(_BRIDGES[name](tmp_path))
 
 
-def test_a_second_of_the_floor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_seconds_of_the_floor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     bridge = floor(tmp_path)
     monkeypatch.undo()
-    _second(bridge)
+    _some_seconds(bridge)
 
 
-def _second(bridge: Bridge) -> None:
+def _some_seconds(bridge: Bridge) -> None:
     with Rig(bridge, streams=8, followed=range(0, 8, 2)) as rig:
         rig.open(8)
-        window = rig.steady(200, 1.0)
+        window = rig.steady(200, _SECONDS)
         rig.drained()
         assert window.replied > 100
         assert 0 < window.p50 <= window.p99
         assert 0 < window.cpu < 2
-        assert rig.missing() == 0
+        until(lambda: rig.missing() == 0)  # a bridge that the machine does not run looks drained
+        until(lambda: rig.board[Count.READ] > 50)
         assert rig.board[Count.STRAY] == 0
-        assert rig.board[Count.READ] > 50
 
 
 @pytest.mark.parametrize("name", ["ours", "straightforward"])
@@ -300,9 +312,8 @@ def test_a_second_of_each_way_to_read(name: str) -> None:
         rig.follow(FOLLOWERS[name], 6)
         before = rig.look()
         rig.pace(300)
-        after = rig.look()
-        assert after.read > before.read
-        assert after.follower > before.follower
+        until(lambda: rig.look().read > before.read)
+        assert rig.look().follower > before.follower
         assert rig.board[Count.STRAY] == 0
 
 
@@ -313,12 +324,8 @@ def test_a_second_of_each_server_of_events(name: str) -> None:
         rig.follow(8)
         before = rig.look()
         rig.pace(400)
-        deadline = time.monotonic() + 30
-        while (after := rig.look()).events - before.events < 40:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert after.cpu > before.cpu
-        assert after.latencies
+        until(lambda: bool((after := rig.look()).latencies) and after.events - before.events >= 40)
+        assert rig.look().cpu > before.cpu
 
 
 def test_servers_whose_windows_alternate_leave_each_other_alone() -> None:
@@ -327,7 +334,7 @@ def test_servers_whose_windows_alternate_leave_each_other_alone() -> None:
         for rig in rigs:
             rig.follow(8)
         for rig in rigs:
-            window = rig.steady(2000, 1.0)
+            window = rig.steady(2000, _SECONDS)
             assert window.rate > 0
             assert window.cpu_us > 0
         raw = psutil.Process(rigs[1].server.process.pid)
