@@ -69,7 +69,7 @@ def check_takeover(lines: list[Object]) -> None:
 async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
     redis: Redis, redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    paced = await start_simulator(Options(scenario=Scenario(rate=80)))
+    paced = await start_simulator(Options(scenario=Scenario(rate=30)))  # 8 s, and the kill comes after 2 s
     await redis.set("somebody-elses", "key", ex=60)
     ended = await run("demo", "--json", "--redis-url", redis_url, "--vllm-url", f"{paced.url}/v1")
     assert (ended.status, ended.err) == (0, "")
