@@ -5,14 +5,17 @@ import re
 
 import httpx
 import pytest
+from conftest import StartSimulator, StartWorker
 from gateway_fixtures import KEY_A, KEY_ALL, KEY_B, KEYS, SECRET, Served, StartGateway
 from redis.asyncio import Redis
+from waits import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from worker.gateway.ids import new_id
 from worker.gateway.tokens import ReadTokens
+from worker.sandbox.simulator.server import Options
 
 BODY = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
@@ -130,6 +133,26 @@ async def test_a_key_uses_its_queues_alone(limited: Served, http: httpx.AsyncCli
     assert (chat.status_code, chat.json()["error"]["code"]) == (403, "queue_not_allowed")
     assert not await redis.exists("chat:jobs")
     await redis.delete("chat:jobs:batch")
+
+
+async def test_a_key_sees_the_models_of_its_queues_alone(
+    limited: Served, http: httpx.AsyncClient, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    for queue, model in (("batch", "small"), ("default", "large")):
+        await start_worker(await start_simulator(Options(model=model)), queues=queue)
+
+    async def models(key: str) -> list[str]:
+        response = await http.get(f"{limited.url}/v1/models", headers=bearer(key))
+        return [model["id"] for model in response.json()["data"]]
+
+    async def are_all_listed() -> bool:
+        return await models(KEY_ALL) == ["large", "small"]
+
+    await eventually(are_all_listed)
+    assert await models(KEY_A) == ["small"]
+    for model, status in (("small", 200), ("large", 404)):
+        response = await http.get(f"{limited.url}/v1/models/{model}", headers=bearer(KEY_A))
+        assert response.status_code == status
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,17 @@ class Requester:
         """Whether a request is one of the caller's, judged by its id."""
         return self.sees_all or belongs(request_id, self.owner)
 
+    def may_use(self, queue: str) -> bool:
+        """Whether the caller may use a queue."""
+        return not (self.key and self.key.queues) or queue in self.key.queues
+
     def check_queue(self, queue: str) -> str:
         """Check that the caller may use a queue; returns it.
 
         Raises:
             Problem: when it may not (403).
         """
-        if self.key and self.key.queues and queue not in self.key.queues:
+        if not self.may_use(queue):
             raise Problem(403, "queue_not_allowed", f"this key may not use the queue {queue[:64]!r}", param="queue")
         return queue
 
