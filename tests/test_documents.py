@@ -242,7 +242,6 @@ async def test_the_edge_of_the_documents_serves_each_user_his_own_requests(
 
 
 @needs_packages
-@pytest.mark.timeout(2 * DONE_AFTER)
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("document", [README, CONTRACT], ids=str)
 async def test_the_typescript_example_has_right_types_and_prints_the_answer(

@@ -25,7 +25,6 @@ VLLM_URL = os.environ.get("VLLM_URL", "").rstrip("/").removesuffix("/v1")
 pytestmark = [
     pytest.mark.real_vllm,
     pytest.mark.skipif(not VLLM_URL, reason="VLLM_URL names no real vLLM"),
-    pytest.mark.timeout(180),
 ]
 
 TOOL = {

@@ -32,7 +32,6 @@ async def lifecycle_of(redis: Redis, request_id: str) -> list[bytes]:
     return [line[b"type"] for line in lines if line[b"id"] == request_id.encode()]
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("kind", "more", "deliveries", "deaths"),
     [

@@ -28,7 +28,6 @@ URLS = [url.rstrip("/").removesuffix("/v1") for url in os.environ.get("VLLM_URLS
 pytestmark = [
     pytest.mark.real_vllm,
     pytest.mark.skipif(len(URLS) != 2, reason="VLLM_URLS does not name two real vLLMs"),
-    pytest.mark.timeout(300),
 ]
 
 QUESTIONS = (

@@ -18,7 +18,6 @@ from waits import eventually
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-pytestmark = pytest.mark.timeout(400)
 ASK: list[Any] = [{"role": "user", "content": "Who are you?"}]
 TEXT = answer_to(ASK)
 CLIENTS = ("fetch", "openai")

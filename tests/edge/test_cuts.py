@@ -10,7 +10,6 @@ from worker import Client
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario
 
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 TOKENS = 300
 QUESTION = [{"role": "user", "content": "Tell me everything"}]
 WHOLE = answer_to(QUESTION, tokens=TOKENS)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import httpx
-import pytest
 from conftest import StartSimulator, StartWorker
 from deploy_followers import deploy_under_followers
 from edge_fixtures import StartReplica
@@ -18,8 +17,6 @@ from websockets.exceptions import ConnectionClosedError
 
 from worker import Client
 from worker.sandbox.simulator.server import Options, Scenario
-
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 
 
 class OtherFollower:

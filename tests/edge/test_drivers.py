@@ -6,7 +6,6 @@ from edge_fixtures import ClientName, StartClient
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
 
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 CALL = {"body": {"model": "reciter", "messages": QUESTION, "stream": True}}
 

@@ -19,7 +19,6 @@ from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import load_settings
 
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 VLLM_URL = os.environ.get("VLLM_URL", "").rstrip("/").removesuffix("/v1")
 WEATHER = {
     "type": "function",
@@ -155,7 +154,6 @@ async def real_worker(redis_url: str) -> AsyncIterator[None]:
 
 @pytest.mark.real_vllm
 @pytest.mark.skipif(not VLLM_URL, reason="VLLM_URL names no real vLLM")
-@pytest.mark.timeout(600)
 @CLIENTS
 @EITHER_WAY
 @pytest.mark.usefixtures("real_worker")

@@ -13,7 +13,6 @@ from replicas import Replica
 from worker import Client
 from worker.sandbox.simulator.requests import answer_to
 
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 PATIENCE = 120.0
 

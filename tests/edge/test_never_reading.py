@@ -6,7 +6,6 @@ import socket
 
 import httpx
 import psutil
-import pytest
 from gateway_fixtures import StartGatewayProcess
 from redis.asyncio import Redis
 from waits import eventually
@@ -66,7 +65,6 @@ async def ended_streams(http: httpx.AsyncClient, metrics: str) -> float:
     return sum(map(float, found))
 
 
-@pytest.mark.timeout(180)
 async def test_200_clients_that_never_read_cost_little_memory_and_go(
     start_gateway_process: StartGatewayProcess, redis: Redis, client: Client, http: httpx.AsyncClient
 ) -> None:

@@ -16,7 +16,6 @@ from worker.client.async_client import State
 from worker.gateway.keys import hash_of
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-pytestmark = pytest.mark.timeout(400)
 with_worker = pytest.mark.usefixtures("worker")
 
 STORY = "Tell me a long story"

@@ -11,7 +11,7 @@ from edge_fixtures import ClientName, StartClient, StartReplica
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("worker")]
+pytestmark = pytest.mark.usefixtures("worker")
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me a long story"}]
 CALL = {"body": {"model": "reciter", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}}

@@ -15,7 +15,6 @@ from waits import eventually
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 CLIENTS = pytest.mark.parametrize("client", ["openai_python", "openai_node"])
 

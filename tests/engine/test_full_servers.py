@@ -113,7 +113,6 @@ async def test_a_lone_draining_server_fails_no_job_and_its_successor_answers(
     assert outcomes == ["done"] * 10
 
 
-@pytest.mark.timeout(60)
 async def test_a_job_that_fails_while_its_only_server_goes_away_each_time_runs_out_of_tries(
     client: Client, redis: Redis, start_worker: StartWorker, pace: Pace
 ) -> None:

@@ -42,7 +42,6 @@ async def nothing_pending(redis: Redis) -> bool:
     return bool(groups) and all(not group["pending"] for group in groups)
 
 
-@pytest.mark.timeout(120)
 async def test_two_workers_and_two_hundred_jobs_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:

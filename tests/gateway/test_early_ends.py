@@ -132,7 +132,6 @@ async def test_a_job_that_the_workers_refuse_as_too_large(
     await readers.have("job_too_large")
 
 
-@pytest.mark.timeout(180)
 async def test_a_job_that_kills_its_worker_is_buried(
     readers: Readers, redis: Redis, start_worker: StartWorker, start_process: StartProcess, simulator: Simulator
 ) -> None:

@@ -367,7 +367,6 @@ async def join_at_random(
     return readers
 
 
-@pytest.mark.timeout(600)
 async def test_readers_that_join_at_any_moment_get_every_entry_once(redis_proxy: Proxy, redis: Redis) -> None:
     """A thousand joins while entries come, and while every answer of Redis is late."""
     logs = [WrittenLog(redis, f"r{number}") for number in range(5)]

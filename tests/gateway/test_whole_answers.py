@@ -92,7 +92,6 @@ async def read_whole(http: httpx.AsyncClient, url: str, kind: str, request_id: s
     return str(response.json()["choices"][0]["message"]["content"])
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["state", "completion"])
 async def test_clients_that_never_read_a_whole_answer_cost_little_memory_and_go(
     kind: str, start_gateway_process: StartGatewayProcess, redis: Redis, client: Client, http: httpx.AsyncClient
@@ -125,7 +124,6 @@ async def test_clients_that_never_read_a_whole_answer_cost_little_memory_and_go(
         sock.close()
 
 
-@pytest.mark.timeout(180)
 async def test_a_whole_answer_of_40_mb_stops_nobody_else(
     start_gateway_process: StartGatewayProcess, redis: Redis, client: Client, http: httpx.AsyncClient
 ) -> None:

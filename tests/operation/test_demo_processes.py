@@ -214,7 +214,6 @@ async def test_a_worker_that_dies_by_itself_ends_the_demo_at_once() -> None:
     assert ended.err.startswith("Error: a worker ended unexpectedly")
 
 
-@pytest.mark.timeout(180)
 async def test_with_web_the_page_follows_the_answers_until_the_demo_is_stopped() -> None:
     async with started("demo", "--web") as process:
         line = await line_with(process.stdout, "open this page")

@@ -23,8 +23,6 @@ from worker.contract.entries import Object
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario
 
-pytestmark = pytest.mark.timeout(240)
-
 TOKENS = 200
 MESSAGES = [{"role": "user", "content": "Tell me everything"}]
 TEXT = answer_to(MESSAGES, tokens=TOKENS)

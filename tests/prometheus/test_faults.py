@@ -30,7 +30,6 @@ from worker.sandbox.embedded_redis import free_port, start_redis
 from worker.sandbox.prometheus import FASTER, faster_rules, find_alerts
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-pytestmark = pytest.mark.timeout(600)
 BLOCKING = str(Path(__file__).parents[1] / "telemetry/blocking_worker.py")
 
 

@@ -18,7 +18,6 @@ from worker.sandbox.simulator.server import Simulator
 ALERTS = ROOT / "deploy/alerts.yaml"
 SITUATIONS = Path(__file__).with_name("alerts_test.yaml")
 FAULTS = Path(__file__).with_name("test_faults.py")
-pytestmark = pytest.mark.timeout(600)  # as in test_faults.py, beside which these tests run
 
 
 def promtool(*arguments: object, stdin: str = "") -> str:

@@ -4,13 +4,10 @@ import asyncio
 import json
 from typing import cast
 
-import pytest
 from command import started
 from prometheus_server import find_program
 
 from worker.contract.entries import Object
-
-pytestmark = pytest.mark.timeout(600)
 
 
 async def test_each_fault_fires_its_alerts_and_no_reader_loses_text() -> None:
