@@ -22,6 +22,8 @@ from worker.vllm.servers.pace import ServerPace
 
 OLD, NEW = "the-old-key", "the-new-key"
 CUT = Scenario(fault="cut", after=4, times=1, rate=100)
+LONG_WAITS = Pace(longest_block=0.1, first_retry=0.01, longest_wait_here=3600)
+"""A job waits in its worker until the test has seen that, and not in its queue after a second."""
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ async def test_a_job_whose_key_every_server_refuses_waits_for_another(
     async with Changing() as one, Changing() as other:
         for server in (one, other):
             server.options = Options(api_key=NEW)
-        worker = await start_worker(one, other, vllm_api_key_file=str(key_file))
+        worker = await start_worker(one, other, pace=LONG_WAITS, vllm_api_key_file=str(key_file))
         request_id = await client.enqueue(chat_request())
         await eventually(lambda: waits(worker))
         write(key_file, f"{OLD}\n\n  {NEW}  \n")
@@ -163,7 +165,7 @@ async def test_a_server_that_forbids_everything_refuses_the_key(
 ) -> None:
     """It listed its models before and refuses even that now, so the refusal is not about this request."""
     async with Changing(status=403) as server:
-        worker = await start_worker(server, tries=1, vllm_api_key_file=str(key_file))
+        worker = await start_worker(server, tries=1, pace=LONG_WAITS, vllm_api_key_file=str(key_file))
         await eventually(lambda: _has_listed(worker))
         server.options = Options(api_key=NEW)
         request_id = await client.enqueue(chat_request())

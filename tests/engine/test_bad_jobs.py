@@ -5,6 +5,7 @@ All by counts: the pauses of the circuit are so long here that nobody could wait
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,11 +152,12 @@ async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server
 
 
 async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_errors(
-    client: Client, start_worker: StartWorker, server_pace: ServerPace
+    client: Client, start_worker: StartWorker, server_pace: ServerPace, pace: Pace
 ) -> None:
     """Each job is sent at most once more and then waits, even if it has a single try."""
     async with Picky() as broken:
-        worker = await start_worker(broken, tries=1, slots=4)
+        # The jobs wait in the worker until the test has seen that.
+        worker = await start_worker(broken, tries=1, slots=4, pace=replace(pace, longest_wait_here=3600), **PATIENT)
         await ended(client, await client.enqueue(chat_request("before")))
         broken.fails_all = True
         ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(4 * FAILURES)]

@@ -163,6 +163,8 @@ class Wrong(Simulator):
 
 
 QUICK_RETRIES = Pace(longest_block=0.1, first_retry=0.01)
+LONG_WAITS = Pace(longest_block=0.1, longest_wait_here=3600)
+"""A job waits in its worker until the test has seen that, and not in its queue after a second."""
 WRONG = [
     (307, b"elsewhere", "upstream_error"),
     (404, b'{"detail":"Not Found"}', "not_found"),
@@ -341,7 +343,7 @@ async def test_a_job_that_waits_for_its_model_is_logged_once(
     configure_logging("json", "info")
     port = free_port()
     async with Simulator(Options(model="large"), port=port) as large:
-        worker = await start_worker(large, await start_simulator(Options(model="small")))
+        worker = await start_worker(large, await start_simulator(Options(model="small")), pace=LONG_WAITS)
         await answers(client, chat_request("before", "large"))
     with capture_logs() as logs:
         request_id = await client.enqueue(chat_request("a secret prompt", "large"))
@@ -365,7 +367,7 @@ async def test_a_waiting_job_without_a_model_is_logged_without_one(
     configure_logging("json", "info")
     port = free_port()
     async with Simulator(port=port) as away:
-        worker = await start_worker(away)
+        worker = await start_worker(away, pace=LONG_WAITS)
         await answers(client, chat_request("before"))
     with capture_logs() as logs:
         request = {"messages": [{"role": "user", "content": "Hi"}]}
