@@ -179,7 +179,7 @@ async def test_deploys_bury_no_job(
     request_id = await client.enqueue({"model": "reciter", "messages": STORY})
     for number in range(1, 5):
         # With leases of a minute only a hand-over lets the next worker continue.
-        service = await start_worker(simulator, lease=60, drain_timeout=0, max_deliveries=2)
+        service = await start_worker(simulator, lease=60, drain_timeout=0, max_deliveries=2, first_token_timeout=600)
 
         async def sent(number: int = number) -> bool:
             return len(simulator.served) == number
@@ -211,7 +211,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
     ids = [await client.enqueue({"model": "reciter", "messages": STORY}) for _ in range(2)]
     await suspected(redis, *ids)
     hanging = await start_simulator(Options(scenario=Scenario(fault="hang")))
-    service = await start_worker(hanging, lease=60, drain_timeout=0)
+    service = await start_worker(hanging, lease=60, drain_timeout=0, first_token_timeout=600)
 
     async def one_runs() -> bool:
         taken = await redis.xpending_range("chat:jobs", "workers", "-", "+", 9)

@@ -138,7 +138,7 @@ async def test_a_worker_that_gets_sigterm_finishes_or_hands_over(
     process.terminate()
     await start_worker(simulator, lease=60)
     ended = await promise_kept(redis, request_id)
-    assert await asyncio.to_thread(process.wait, 20) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
     assert ended.attempts == (1 if drain == 20 else 2)
 
 
@@ -165,7 +165,7 @@ async def test_a_worker_that_gets_a_second_signal_hands_over_at_once(
     await eventually(drains)
     assert process.poll() is None, "the first signal lets the job run on"
     process.send_signal(how)
-    assert await asyncio.to_thread(process.wait, 20) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
     await start_worker(simulator, lease=60)
     assert (await promise_kept(redis, request_id)).attempts == 2
 

@@ -108,7 +108,7 @@ async def test_events_come_out_as_they_arrive_whatever_the_content_type(label: s
             events.extend(new)
             return True
 
-        async with asyncio.timeout(9):  # the answer does not end
+        async with asyncio.timeout(60):  # the answer does not end
             while not events:
                 await stream.read_into(on_events)
         assert events == [event[6:-2]]
@@ -141,7 +141,7 @@ async def test_lines_that_are_chunks_come_out_during_the_stream(prefix: bytes, e
             events.extend(new)
             return True
 
-        async with asyncio.timeout(9):  # the answer does not end
+        async with asyncio.timeout(60):  # the answer does not end
             while len(events) < 2:
                 await stream.read_into(on_events)
         assert events[:2] == [TEXT % b"a", TEXT % b"b"]
@@ -495,7 +495,7 @@ async def test_a_closed_connection_is_dropped_after_a_response_that_waited_for_i
 async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for() -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
     async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as pool:
-        async with asyncio.timeout(9):
+        async with asyncio.timeout(60):
             assert (await request_answer(pool))[0].text == "a"
 
 
