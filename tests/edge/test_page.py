@@ -6,13 +6,19 @@ import signal
 import httpx
 import pytest
 from browsers import Browser, Tab
+from conftest import StartSimulator, StartWorker
 from edge_fixtures import StartReplica
+from halting_clock import HaltingClock
 from redis.asyncio import Redis
 from replicas import Replica
+from waits import eventually
 from written_log import START, WrittenLog, delta
 
 from worker import Client
+from worker.broker.queue_depth import live_records
 from worker.client.async_client import State
+from worker.contract.keys import Keys
+from worker.engine.application import Worker
 from worker.gateway.keys import hash_of
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -27,9 +33,29 @@ ID = "location.hash.slice(1)"
 
 
 @pytest.fixture
-async def simulator(start_simulator: object) -> Simulator:
+def clock() -> HaltingClock:
+    """A clock by which answers halt only if a test says where."""
+    clock = HaltingClock(0)
+    clock.release()
+    return clock
+
+
+@pytest.fixture
+async def simulator(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
     """Slow enough that a test can act in the middle of the story."""
-    return await start_simulator(Options(scenario=Scenario(rate=40.0)))  # type: ignore[no-any-return, operator]
+    return await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, simulator: Simulator, redis: Redis) -> Worker:
+    """A worker whose model a gateway lists: the page reads the list once."""
+    worker = await start_worker(simulator, lease=60, gap_timeout=300)
+
+    async def is_listed() -> bool:
+        return any(record.models for record in await live_records(redis, Keys()))
+
+    await eventually(is_listed)
+    return worker
 
 
 async def ask(tab: Tab, text: str = STORY) -> str:
@@ -49,12 +75,16 @@ async def text_of(client: Client, request_id: str) -> str:
 
 
 @with_worker
-async def test_an_answer_arrives_and_another_tab_catches_up(browser: Browser, replica: Replica, client: Client) -> None:
+async def test_an_answer_arrives_and_another_tab_catches_up(
+    browser: Browser, replica: Replica, client: Client, clock: HaltingClock
+) -> None:
+    clock.allow(50)
     first = await browser.open(replica.url)
     request_id = await ask(first)
     assert await first.evaluate(STATE) == "running"
     second = await browser.open(f"{replica.url}/#{request_id}")
     await second.wait(f"{ANSWER}.length > 20")
+    clock.release()
     for tab in (first, second):
         await tab.bring_to_front()
         await tab.wait(f"{STATE} === 'done'")
@@ -78,7 +108,10 @@ async def test_a_reload_in_the_middle_goes_on_from_where_it_was(
 
 
 @with_worker
-async def test_a_cancel_by_keyboard_ends_the_answer(browser: Browser, replica: Replica, client: Client) -> None:
+async def test_a_cancel_by_keyboard_ends_the_answer(
+    browser: Browser, replica: Replica, client: Client, clock: HaltingClock
+) -> None:
+    clock.allow(50)
     tab = await browser.open(replica.url)
     request_id = await ask(tab)
     await tab.press("\x1b")
