@@ -12,9 +12,11 @@ from browsers import Browser, Firefox, Tab
 from conftest import StartSimulator, StartWorker
 from cutting_server import LONG, Cut, CuttingServer
 from edge_fixtures import StartReplica
+from halting_clock import HaltingClock
 from redis.asyncio import Redis
 from waits import eventually
 
+from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -79,6 +81,12 @@ async def open_page(browser: Browser, drivers: Path, redis: Redis) -> AsyncItera
 async def simulator(start_simulator: StartSimulator) -> Simulator:
     """Slow enough that a test can act in the middle of an answer."""
     return await start_simulator(Options(scenario=Scenario(rate=40.0)))
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
+    """A worker that keeps its job though a busy machine does not run it for seconds."""
+    return await start_worker(simulator, lease=60)
 
 
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh", "reused"])
@@ -164,18 +172,22 @@ async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text_and_on
         assert len(simulator.served) == number
 
 
-@pytest.mark.usefixtures("worker")
 async def test_regenerate_after_a_stop_is_a_second_job(
-    open_page: OpenPage, start_replica: StartReplica, simulator: Simulator
+    open_page: OpenPage, start_replica: StartReplica, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
+    clock = HaltingClock(3)
+    simulator = await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
+    await start_worker(simulator, lease=60, gap_timeout=60)
     replica = await start_replica()
     page = await open_page(replica.port)
     for number, client in enumerate(CLIENTS):
         await page.tab.evaluate("void (window.results = [])")
         await page.start(client, seed=number, stop=True)
         await page.results(1)
+        clock.release()
         await page.start(client, seed=number)
         stopped, regenerated = await page.results(2)
         assert 0 < len(stopped["text"]) < len(TEXT)
         assert regenerated == {"text": TEXT, "error": ""}
         assert len(simulator.served) == 2 * (number + 1)
+        clock.allow(3)

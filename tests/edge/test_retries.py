@@ -26,7 +26,7 @@ async def test_a_retry_attaches_to_the_first_job(
     start_simulator: StartSimulator, start_worker: StartWorker, *, stream: bool,
 ) -> None:  # fmt: skip
     simulator = await start_simulator(Options(scenario=Scenario(first_token=3.0)))
-    await start_worker(simulator, first_token_timeout=60)
+    await start_worker(simulator, first_token_timeout=60, lease=60)
     replica = await start_replica(grace=30)  # no byte is sent before the first token
     call = {"body": {"model": "reciter", "messages": QUESTION, "stream": stream}}
     async with Proxy.before(replica.url) as proxy:

@@ -658,7 +658,7 @@ async def test_a_stream_that_is_cut_again_and_again_goes_on_live_through_two_rep
     start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=60)))
-    await start_worker(simulator)
+    await start_worker(simulator, lease=60)
     ports = [(await start_gateway()).port, (await start_gateway()).port]
     events: list[str] = []
     ids = set[str]()
