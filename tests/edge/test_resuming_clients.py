@@ -5,9 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import StartSimulator
+from conftest import StartSimulator, StartWorker
 from edge_fixtures import ClientName, StartClient, StartReplica
 
+from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -21,6 +22,12 @@ CALL = {"body": {"model": "reciter", "messages": MESSAGES, "stream": True, "stre
 async def simulator(start_simulator: StartSimulator) -> Simulator:
     """Slow enough that each kill is in the middle of the answer."""
     return await start_simulator(Options(scenario=Scenario(rate=12.0)))
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
+    """A worker that keeps its job though a busy machine does not run it for seconds."""
+    return await start_worker(simulator, lease=60)
 
 
 @pytest.mark.parametrize("name", ["openai_node", "openai_python", "ai_sdk"])

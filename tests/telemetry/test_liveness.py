@@ -151,7 +151,7 @@ async def test_a_frozen_server_shows_within_ten_seconds(
 ) -> None:
     frozen = await start_simulator(Options(scenario=Scenario(fault="freeze", after=3)))
     hangs = await start_simulator(Options(scenario=Scenario(fault="hang")))
-    worker = await start_worker(frozen, hangs, gap_timeout=600, first_token_timeout=600)
+    worker = await start_worker(frozen, hangs, gap_timeout=600, first_token_timeout=600, lease=60)
 
     async def are_up() -> bool:
         return all(metric(worker, "vllm_up", endpoint=server.url) == 1 for server in (frozen, hangs))

@@ -210,8 +210,8 @@ async def test_an_answer_that_continues_is_counted_while_it_still_runs(
 async def test_a_workers_jobs_are_counted(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    one = await start_worker(simulator, lease=0.5, slots=7)
-    other = await start_worker(simulator, lease=0.5, queues="other")
+    one = await start_worker(simulator, lease=6, slots=7)
+    other = await start_worker(simulator, lease=6, queues="other")
     ask: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
     for number in range(3):
         await client.result(await client.enqueue(ask, id=f"r-{number}"))
