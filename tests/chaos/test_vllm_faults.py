@@ -107,7 +107,7 @@ async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
     clock = HaltingClock(8)
     simulator = await start_simulator(clock=clock)
     async with Proxy.before(simulator.url) as proxy:
-        await start_worker(proxy, **QUICK)
+        await start_worker(proxy, gap_timeout=2.5, tries=10)
         request_id = await client.enqueue(chat_request())
         await has_begun(redis, request_id)
         proxy.half_open()
