@@ -1,7 +1,7 @@
 """Repetitions, leaving and places in the queue on a Redis cluster, where the feed has sharded channels."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import topology
 from gateway_fixtures import StartGateway
 from raw_posts import RawPost
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from waits import eventually
 
 from worker import Client, State
@@ -58,9 +59,11 @@ async def test_a_repetition_attaches_and_who_left_is_cancelled(
         assert second.request_id != first.request_id
 
         async def are_followed() -> bool:
-            return await presence.followed([first.request_id, second.request_id]) == {
-                first.request_id: True, second.request_id: True,
-            }  # fmt: skip
+            with suppress(RedisError):  # on a busy machine, to connect takes longer than it may
+                return await presence.followed([first.request_id, second.request_id]) == {
+                    first.request_id: True, second.request_id: True,
+                }  # fmt: skip
+            return False
 
         await eventually(are_followed)
         assert await QueuePositions(redis, Keys()).position(second.request_id) in {0, 1}
