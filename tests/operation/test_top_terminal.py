@@ -54,9 +54,10 @@ async def started(url: str, program: int) -> AsyncIterator[Process]:
         await process.wait()
 
 
+@pytest.mark.parametrize("was_stopped", [False, True], ids=["always ran", "was stopped"])
 @pytest.mark.parametrize("ends_by", [b"q", b"\x03", signal.SIGTERM])
 async def test_the_terminal_is_as_before_however_it_ends(
-    redis: Redis, redis_url: str, ends_by: bytes | signal.Signals
+    redis: Redis, redis_url: str, ends_by: bytes | signal.Signals, *, was_stopped: bool
 ) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
     request_id = await pend(redis, "pod-a")
@@ -71,6 +72,11 @@ async def test_the_terminal_is_as_before_however_it_ends(
 
         async with started(redis_url, program) as process:
             await eventually(lambda: is_seen(request_id.encode()))
+            if was_stopped:
+                seen.clear()
+                for order in (signal.SIGSTOP, signal.SIGCONT):
+                    process.send_signal(order)
+                await eventually(lambda: is_seen(request_id.encode()))
             if isinstance(ends_by, bytes):
                 os.write(person, ends_by)
             else:

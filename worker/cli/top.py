@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import termios
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -59,7 +60,11 @@ def top(as_json: bool, **options: object) -> None:
             await app.run_async()
         return not app.return_code
 
-    exit_status(run_async(lambda: until_stopped(show())))
+    modes = termios.tcgetattr(sys.stdin)
+    try:
+        exit_status(run_async(lambda: until_stopped(show())))
+    finally:  # after SIGSTOP and SIGCONT, Textual 8.2.8 leaves the terminal as it was then: raw
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
 
 
 async def _print_pictures(installation: "Installation") -> NoReturn:
