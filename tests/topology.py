@@ -25,8 +25,8 @@ MEDDLING = "?max_connections=1&protocol=3&decode_responses=yes&socket_timeout=0.
 """Options in the URL of Redis that would break the worker if they had an effect."""
 
 _SLOTS = 16384
-_START = 120.0
-"""Seconds until a test that hangs fails."""
+_START = 500.0
+"""Seconds until a test that hangs fails. A sentinel that was not run for 2 s does nothing for 30 s (its TILT mode)."""
 _QUICK = ("--repl-diskless-sync-delay", "0")
 
 

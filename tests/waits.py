@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from redis.asyncio import Redis
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 120.0, every: float = 0.01) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 300.0, every: float = 0.01) -> None:
     """Wait until a condition holds, which is queried `every` so many seconds.
 
     The limit is only for a test that would otherwise hang: on a busy machine a process took 30 s to start.

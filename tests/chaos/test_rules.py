@@ -175,7 +175,7 @@ async def test_rule_4_a_hole_makes_a_new_attempt_necessary(redis_url: str, redis
         entries = [delta("refused"), delta("taken")]
         for batch in [entries] if together else [[entry] for entry in entries]:
             log.extend(batch)
-        assert isinstance(await asyncio.wait_for(log.lost, 60), LogDiverged)
+        assert isinstance(await asyncio.wait_for(log.lost, 300), LogDiverged)
 
 
 async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_own(

@@ -33,7 +33,6 @@ STREAMS = 40
 TOKENS = int(80 * LEASE)
 MAY_BE_REPEATED = 4
 
-
 PACE = Pace(longest_block=0.1, command_timeout=LEASE / 4)
 """Commands fail several times while Redis stands still, as they do with the real limit and leases of 15 s."""
 

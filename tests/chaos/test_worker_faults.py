@@ -67,7 +67,7 @@ async def test_a_worker_that_is_killed_before_it_sends_a_command(
     held = redis_proxy.hold(before)
     process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url, program=program)
     request_id = await client.enqueue(chat_request())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         await held.met.wait()
     process.kill()
     await redis_proxy.cut()  # the held command must not arrive later
@@ -98,7 +98,7 @@ async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_d
         clock.allow(20)  # which the paused worker has yet to read and write
         seal = redis_proxy.hold(rb"^EVALSHA .* type done ")
         await start_worker(simulator, lease=lease, redis_url=redis_proxy.redis_url)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             await seal.met.wait()
         if wakes == "after the end":
             seal.release()

@@ -36,7 +36,7 @@ _COMMANDS: dict[BrowserName, list[str]] = {
     ],
 }  # fmt: skip
 _LISTENS = re.compile(r"listening on (ws://\S+)")
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 """Seconds for the start of a browser, and for a condition in a page: a busy machine needs half a minute."""
 
 

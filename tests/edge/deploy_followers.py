@@ -31,7 +31,7 @@ from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 _ENDS = {"done", "error", "cancelled"}
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 _TREE = click.Path(path_type=Path, exists=True, resolve_path=True)
 
 

@@ -20,7 +20,7 @@ __all__ = ["browser", "drivers", "node_packages", "replica", "start_client", "st
 
 ClientName = Literal["openai_python", "openai_node", "ai_sdk", "raw_fetch", "event_source"]
 Object: TypeAlias = dict[str, Any]
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 """Seconds for a line of a client: Node alone may need many to start on a busy machine."""
 
 

@@ -56,7 +56,7 @@ async def replica_process(
     )  # fmt: skip
     try:
         replica = Replica(port, process)
-        await eventually(replica.is_ready, within=100)
+        await eventually(replica.is_ready)
         yield replica
     finally:
         if process.returncode is None:

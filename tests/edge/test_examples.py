@@ -14,7 +14,7 @@ from worker import Client
 from worker.sandbox.simulator.requests import answer_to
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 async def printed_by(*command: str | Path, cwd: Path) -> str:

@@ -42,7 +42,7 @@ async def open_stream(port: int, request_id: str) -> AsyncIterator[EventReader]:
 
 
 async def ends_cleanly(stream: EventReader) -> bool:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         await stream.body()
     return stream.is_whole
 

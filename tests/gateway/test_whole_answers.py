@@ -118,7 +118,7 @@ async def test_clients_that_never_read_a_whole_answer_cost_little_memory_and_go(
         served = {getattr(found.raddr, "port", 0) for found in process.net_connections("tcp")}
         return not ours & served
 
-    await eventually(are_gone, within=150)
+    await eventually(are_gone)
     assert most < MOST, f"{most / 1e6:.1f} MB for {READERS} clients"
     for sock in sockets:
         sock.close()
@@ -132,7 +132,7 @@ async def test_a_whole_answer_of_40_mb_stops_nobody_else(
     slowest = 0.0
     for kind in ("state", "completion"):
         reader = await asyncio.to_thread(read_apart, gateway.port, request_of(kind, request_id))
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while reader.poll() is None:
                 began = time.monotonic()
                 assert (await http.get(f"{gateway.url}/healthz")).status_code == 200

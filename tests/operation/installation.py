@@ -31,7 +31,7 @@ STREAMS = 4
 REQUEST: Object = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 60}
 _ANSWERS = Scenario(rate=20, first_token=0.1, tokens=60)
 _EXIT_TIMEOUT = 30.0
-_HANG = 120.0
+_HANG = 300.0
 
 
 class StoppableSimulator(Simulator):

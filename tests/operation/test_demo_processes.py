@@ -113,7 +113,7 @@ async def test_a_killed_demo_leaves_no_process_and_no_folder() -> None:
         folders = {it.cwd() for it in of_demo if "run" in it.cmdline()}
         process.kill()
         await process.wait()
-        await asyncio.to_thread(psutil.wait_procs, of_demo, timeout=60)
+        await asyncio.to_thread(psutil.wait_procs, of_demo, timeout=300)
     assert not [child for child in of_demo if child.is_running()]
     assert len(folders) == 1
     assert not await asyncio.to_thread(Path(*folders).exists)
@@ -140,7 +140,7 @@ async def on_a_terminal(until: str, **variables: str) -> str:
     os.close(end)
     printed = b""
     try:
-        async with asyncio.timeout(150):
+        async with asyncio.timeout(500):
             while until.encode() not in printed:
                 printed += await asyncio.to_thread(os.read, terminal, 4096)
         process.terminate()

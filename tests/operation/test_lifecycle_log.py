@@ -31,7 +31,7 @@ async def finish(redis: Redis, number: int, first: int = 0) -> list[str]:
 async def printed(process: Process, number: int) -> list[str]:
     """The ids of the next lines."""
     assert process.stdout
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         return [json.loads(await process.stdout.readline())["id"] for _ in range(number)]
 
 
@@ -54,7 +54,7 @@ async def test_requests_of_a_process_that_was_killed_come_again_and_none_is_miss
     held = redis_proxy.hold(rb"^XACK")
     async with started("log", REDIS_URL=redis_proxy.redis_url) as killed:
         first = await printed(killed, 50)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             await held.done.wait()
         killed.kill()
         await killed.wait()

@@ -191,7 +191,7 @@ class Streams:
 @asynccontextmanager
 async def streaming(gateway: GatewayProcess) -> AsyncIterator[Streams]:
     """Open streams, which have ended when the block ends."""
-    async with asyncio.timeout(180), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(500), asyncio.TaskGroup() as group:
         streams = Streams(gateway)
         await streams.open(group)
         yield streams

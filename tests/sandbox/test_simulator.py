@@ -93,7 +93,7 @@ def agree(recorded: str, simulated: str, *, whole: bool) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while not condition():  # noqa: ASYNC110, a record has no event to wait for
             await asyncio.sleep(0.001)
 
