@@ -11,10 +11,10 @@ import pytest
 import topology
 from acl import PASSWORD, acl
 from conftest import StartProcess, StartSimulator, StartWorker, stream
-from halting_clock import HaltingClock
 from lifecycle_records import KEY, LOSSES, MIB, write_records
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from steered_clock import SteeredClock
 from topology import MEDDLING, chat_request, expected, settled, whole
 from waits import eventually
 from written_log import let_deadline_pass
@@ -299,7 +299,7 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
 async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(15)
+    clock = SteeredClock(halt_after=15)
     simulator = await start_simulator(clock=clock)
     first = start_process(simulator, redis_url=cluster_url, lease=1)
     entries = []

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import pytest
 from checks import LogEntry, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker, stream
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Answer, Client, IncompleteLog
@@ -241,7 +241,7 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     await start_worker(await start_simulator(clock=clock), **PATIENT)
     request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
@@ -337,7 +337,7 @@ async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker
     start_simulator: StartSimulator,
 ) -> None:
     """As the contract has it: no other process knows of the job any more."""
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
 
     async def take_out(job: str, consumer: str) -> None:
@@ -370,7 +370,7 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """After a renaming, the next entries have greater ids than the log that is back, so that Redis accepts them."""
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     await start_worker(await start_simulator(clock=clock), **PATIENT)
     request_id = await client.enqueue(chat_request())
     key = f"chat:tokens:{{{request_id}}}"
@@ -467,7 +467,7 @@ async def test_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
 async def test_a_hole_that_appears_during_a_stream_restarts_the_answer_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(12)
+    clock = SteeredClock(halt_after=12)
     simulator = await start_simulator(clock=clock)
     worker, other = [await start_worker(simulator, **PATIENT) for _ in range(2)]
     request_id = await client.enqueue(chat_request())

@@ -8,9 +8,9 @@ import pytest
 from checks import chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartSimulator, StartWorker
 from durable_redis import Durable
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Client, Entry
@@ -33,12 +33,12 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 
 @pytest.fixture
-def clock() -> HaltingClock:
-    return HaltingClock(8)
+def clock() -> SteeredClock:
+    return SteeredClock(halt_after=8)
 
 
 @pytest.fixture
-async def halting(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
+async def halting(start_simulator: StartSimulator, clock: SteeredClock) -> Simulator:
     """A vLLM whose answers halt after eight tokens, until the test releases its clock."""
     return await start_simulator(clock=clock)
 
@@ -107,7 +107,7 @@ async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_lat
 
 
 async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
-    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, halting: Simulator, clock: HaltingClock
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, halting: Simulator, clock: SteeredClock
 ) -> None:
     first = await start_worker(halting, pace=IMPATIENT, lease=1, gap_timeout=60, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(chat_request())
@@ -171,7 +171,7 @@ async def test_a_destroyed_group_is_recreated_with_all_its_jobs(
 
 
 async def test_streams_wait_while_redis_has_no_room(
-    client: Client, redis: Redis, start_worker: StartWorker, halting: Simulator, clock: HaltingClock
+    client: Client, redis: Redis, start_worker: StartWorker, halting: Simulator, clock: SteeredClock
 ) -> None:
     await start_worker(halting, lease=1, gap_timeout=60)
     questions = ("one", "two", "three")
@@ -260,7 +260,7 @@ async def test_a_right_that_is_removed_and_restored_ends_no_job(
     limited: str,
     start_worker: StartWorker,
     halting: Simulator,
-    clock: HaltingClock,
+    clock: SteeredClock,
 ) -> None:
     worker = await start_worker(halting, lease=15, gap_timeout=60, redis_url=limited)
     questions = [f"question {number}" for number in range(4)]

@@ -3,9 +3,9 @@
 import pytest
 from checks import chat_request, expected, has_begun, log_of, promise_kept
 from conftest import StartSimulator, StartWorker
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Client
@@ -88,7 +88,7 @@ async def test_a_server_that_asks_for_time_holds_up_no_job_that_another_can_serv
 async def test_a_connection_to_vllm_that_is_cut_mid_stream(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     async with Proxy.before(simulator.url) as proxy:
         await start_worker(proxy, gap_timeout=60)
@@ -104,7 +104,7 @@ async def test_a_connection_to_vllm_that_is_cut_mid_stream(
 async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     async with Proxy.before(simulator.url) as proxy:
         await start_worker(proxy, gap_timeout=2.5, tries=10)
@@ -124,7 +124,7 @@ async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
 async def test_a_vllm_that_dies_mid_stream_is_replaced_by_the_other(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     one, two = [await start_simulator(clock=clock) for _ in range(2)]
     async with Proxy.before(one.url) as first, Proxy.before(two.url) as second:
         await start_worker(first, second, gap_timeout=60)

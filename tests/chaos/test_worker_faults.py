@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from checks import begun_by_a_dead_worker, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Client
@@ -28,12 +28,12 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 
 @pytest.fixture
-def clock() -> HaltingClock:
-    return HaltingClock(8)
+def clock() -> SteeredClock:
+    return SteeredClock(halt_after=8)
 
 
 @pytest.fixture
-async def halting(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
+async def halting(start_simulator: StartSimulator, clock: SteeredClock) -> Simulator:
     """A vLLM whose answers halt after eight tokens, so that every request stays mid-stream."""
     return await start_simulator(clock=clock)
 
@@ -87,7 +87,7 @@ async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_d
     simulator: Simulator,
     halting: Simulator,
     *,
-    clock: HaltingClock,
+    clock: SteeredClock,
 ) -> None:
     lease = 4.0  # the first worker, once it is awake, takes over what this process does not renew in time
     first = start_process(halting, lease=lease, slots=1)

@@ -12,8 +12,8 @@ from browsers import Browser, Firefox, Tab
 from conftest import StartSimulator, StartWorker
 from cutting_server import LONG, Cut, CuttingServer
 from edge_fixtures import StartReplica
-from halting_clock import HaltingClock
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker.engine.application import Worker
@@ -175,7 +175,7 @@ async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text_and_on
 async def test_regenerate_after_a_stop_is_a_second_job(
     open_page: OpenPage, start_replica: StartReplica, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    clock = HaltingClock(3)
+    clock = SteeredClock(halt_after=3)
     simulator = await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
     await start_worker(simulator, lease=60, gap_timeout=60)
     replica = await start_replica()

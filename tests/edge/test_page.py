@@ -8,9 +8,9 @@ import pytest
 from browsers import Browser, Tab
 from conftest import StartSimulator, StartWorker
 from edge_fixtures import StartReplica
-from halting_clock import HaltingClock
 from redis.asyncio import Redis
 from replicas import Replica
+from steered_clock import SteeredClock
 from waits import eventually
 from written_log import START, WrittenLog, delta
 
@@ -33,15 +33,13 @@ ID = "location.hash.slice(1)"
 
 
 @pytest.fixture
-def clock() -> HaltingClock:
+def clock() -> SteeredClock:
     """A clock by which answers halt only if a test says where."""
-    clock = HaltingClock(0)
-    clock.release()
-    return clock
+    return SteeredClock()
 
 
 @pytest.fixture
-async def simulator(start_simulator: StartSimulator, clock: HaltingClock) -> Simulator:
+async def simulator(start_simulator: StartSimulator, clock: SteeredClock) -> Simulator:
     """Slow enough that a test can act in the middle of the story."""
     return await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
 
@@ -76,7 +74,7 @@ async def text_of(client: Client, request_id: str) -> str:
 
 @with_worker
 async def test_an_answer_arrives_and_another_tab_catches_up(
-    browser: Browser, replica: Replica, client: Client, clock: HaltingClock
+    browser: Browser, replica: Replica, client: Client, clock: SteeredClock
 ) -> None:
     clock.allow(50)
     first = await browser.open(replica.url)
@@ -109,7 +107,7 @@ async def test_a_reload_in_the_middle_goes_on_from_where_it_was(
 
 @with_worker
 async def test_a_cancel_by_keyboard_ends_the_answer(
-    browser: Browser, replica: Replica, client: Client, clock: HaltingClock
+    browser: Browser, replica: Replica, client: Client, clock: SteeredClock
 ) -> None:
     clock.allow(50)
     tab = await browser.open(replica.url)

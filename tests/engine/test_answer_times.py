@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import StartProcess, StartSimulator, StartWorker, metric
-from halting_clock import HaltingClock
+from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Client, State
@@ -193,7 +193,7 @@ async def test_the_gap_of_an_answer_that_changed_its_worker_is_the_one_that_a_re
 ) -> None:
     """It may be a third of a lease longer: nobody knows when the last delta before it came."""
     lease = 3
-    clock = HaltingClock(6)
+    clock = SteeredClock(halt_after=6)
     paced = await start_simulator(Options(scenario=Scenario(rate=20)), clock=clock)
     first = start_process(paced, lease=lease, drain_timeout=0)
     request_id = await client.enqueue(ASK)
@@ -227,7 +227,7 @@ async def test_the_gap_of_an_answer_that_waited_in_its_queue_for_a_server_is_the
 ) -> None:
     server_pace.probe_every = 0.1
     port = free_port()
-    async with Simulator(port=port, clock=HaltingClock(6)) as leaves:
+    async with Simulator(port=port, clock=SteeredClock(halt_after=6)) as leaves:
         worker = await start_worker(leaves, gap_timeout=600)
         request_id = await client.enqueue(ASK)
         arrived: list[float] = []

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Entries, StartSimulator, StartWorker, metric, stream
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from structlog.testing import capture_logs
 from waits import eventually
 
@@ -59,7 +59,7 @@ async def calls(redis: Redis, command: str) -> int:
 async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     worker = await start_worker(simulator, lease=1, gap_timeout=600)
     request_id = await client.enqueue(chat_request())

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 from conftest import StartSimulator, StartWorker
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from structlog.testing import capture_logs
 from waits import eventually
 
@@ -51,7 +51,7 @@ async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -
 async def test_a_second_stop_signal_loses_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600, gap_timeout=600)
     questions = [f"question {n}" for n in range(4)]
@@ -81,7 +81,7 @@ async def test_a_second_stop_signal_loses_nothing(
 async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600, gap_timeout=600)
     request_id = await client.enqueue(chat_request())

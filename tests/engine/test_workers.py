@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import StartProcess, StartSimulator, StartWorker, stream
-from halting_clock import HaltingClock
 from proxy import Proxy
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 from topology import whole
 from waits import eventually
 
@@ -98,7 +98,7 @@ async def test_a_worker_that_stops_lets_its_jobs_end(
 async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     # With leases of a minute only a hand-over lets the second worker continue within this test.
     first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
@@ -156,7 +156,7 @@ async def test_a_read_waits_for_less_than_half_a_lease(
 async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    clock = HaltingClock(8)
+    clock = SteeredClock(halt_after=8)
     simulator = await start_simulator(clock=clock)
     process = start_process(simulator, drain_timeout=0.1, lease=60)
     request_id = await client.enqueue(chat_request("Who are you?"))

@@ -178,7 +178,7 @@ async def start_installation(
                     task.cancel()
                 await asyncio.gather(*load, return_exceptions=True)
                 for vllm in it.vllm:
-                    vllm.clock.go_on()
+                    vllm.clock.release()
                     vllm.simulator.go_on()
 
 
