@@ -445,8 +445,8 @@ async def test_a_follower_is_idle_after_an_entry_that_came_while_it_waited(
     await eventually(lambda: is_noticed(followers, follower))
     await log.append(delta(1, 1))
     assert await reading == [delta(1, 1)]
-    waiting = asyncio.ensure_future(follower.wait_ready_within(0.5))
     await log.write(delta(1, 2))
+    waiting = asyncio.ensure_future(follower.wait_ready_within(0.5))
     asyncio.get_running_loop().call_later(0.1, follower.on_message, [delta(1, 2)], 10)
     assert await waiting
     assert list(follower.drain()) == [delta(1, 2)]
