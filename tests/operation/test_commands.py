@@ -249,20 +249,21 @@ async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     slow = await start_simulator(Options(scenario=Scenario(rate=1)), clock=clock)
     async with started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as process:
         request_id = await client.enqueue({"messages": WHO})
-        text = ""
+        text, logged = "", ""
         async for entry in client.follow(request_id):
             if isinstance(entry, Delta):
                 if not text:
                     process.send_signal(signum)
-                    await line_with(process.stderr, "worker_draining")
+                    while "worker_draining" not in logged:
+                        logged += await line_with(process.stderr, "")
                     clock.hurry()
                 text += entry.content
         assert text == answer_to(WHO), "the stream was not cut"
         ended = await rest(process)
     assert ended.status == 0
     assert ended.out == ""
-    events = [json.loads(line)["event"] for line in ended.err.splitlines()]
-    assert events == ["job_finished", "worker_stopped"]
+    events = [json.loads(line)["event"] for line in (logged + ended.err).splitlines()]
+    assert events == ["worker_starting", "worker_started", "worker_draining", "job_finished", "worker_stopped"]
 
 
 async def test_a_gateway_process_serves_and_ends_on_sigterm_with_0(redis_url: str) -> None:
