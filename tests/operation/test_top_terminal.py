@@ -92,6 +92,21 @@ async def test_the_terminal_is_as_before_however_it_ends(
         assert termios.tcgetattr(program) == former
 
 
+async def test_sigterm_ends_it_with_0_though_its_terminal_is_gone(redis_url: str) -> None:
+    with terminal() as (person, program):
+
+        async def is_shown() -> bool:
+            with suppress(BlockingIOError):
+                return b"vllm-relay" in os.read(person, 1 << 16)
+            return False
+
+        async with started(redis_url, program) as process:
+            await eventually(is_shown)
+            os.dup2(program, person)  # which closes the other end
+            process.terminate()
+            assert await process.wait() == 0
+
+
 async def test_without_a_terminal_it_names_the_command_for_files(redis_url: str) -> None:
     ended = await run("top", REDIS_URL=redis_url)
     assert ended.status == 2

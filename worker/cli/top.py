@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import termios
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -64,7 +65,8 @@ def top(as_json: bool, **options: object) -> None:
     try:
         exit_status(run_async(lambda: until_stopped(show())))
     finally:  # after SIGSTOP and SIGCONT, Textual 8.2.8 leaves the terminal as it was then: raw
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
 
 
 async def _print_pictures(installation: "Installation") -> NoReturn:
