@@ -1,9 +1,12 @@
 """The application of `worker top`: it starts on the main screen, and ends with a traceback that has no secret."""
 
+import asyncio
+import signal
+from contextlib import suppress
 from typing import ClassVar
 
 from rich.traceback import Traceback
-from textual.app import App
+from textual.app import App, SuspendNotSupported
 from textual.binding import Binding, BindingType
 
 from .installation import Installation
@@ -21,6 +24,15 @@ class TopApp(App[None]):
     def __init__(self, installation: Installation, *, every: float = 2.0) -> None:
         super().__init__()
         self._overview = Overview(installation, every)
+
+    def on_mount(self) -> None:
+        """After SIGSTOP and SIGCONT, Textual 8.2.8 would start its threads again beside the first, and never end."""
+
+        def restart() -> None:
+            with suppress(SuspendNotSupported), self.suspend():  # not in a test without a terminal
+                pass
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, restart)
 
     def get_default_screen(self) -> Overview:
         """See `App`."""
