@@ -16,7 +16,7 @@ from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .access import Requester
 from .body import body_limit, check_completion, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
-from .ids import id_of_key, new_id
+from .ids import belongs, id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
 from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
@@ -27,7 +27,7 @@ from .protocols.native import NativeEvents, named_event
 from .repeats import Repeats, fingerprint
 from .request_state import RequestState
 from .responses import is_event_source, json_response, problem_response
-from .running import started_requests
+from .running import finished_requests, started_requests
 from .services import Services
 from .stream_response import EVENT_STREAM_HEADERS, StreamResponse, response_start
 from .websocket import RequestWebSocket
@@ -214,15 +214,29 @@ class _NativeApi:
     async def _ids_to_follow(
         self, given: Sequence[str], caller: Requester | None, places: Mapping[str, EntryId]
     ) -> Sequence[str]:
-        """The given requests, or the caller's that run. Each of them is known, and may have its place."""
+        """The given requests, or those of the caller that run, or have ended since it left."""
         for request_id in given:
             is_ended = places.get(short_id(request_id)) == SEAL
             if not is_ended and (await self._services.client.status(request_id)).state is State.UNKNOWN:
                 raise not_found()
-        ids = given if caller is None else [found for found, _ in await self._running(caller)]
+        ids = list(given)
+        if caller is not None:
+            ids = [found for found, _ in await self._running(caller)]
+            ids += await self._ended_since(caller, places, ids)
         for request_id in ids:
             await check_place(self._services, request_id, places.get(short_id(request_id), BEFORE_ALL))
         return ids
+
+    async def _ended_since(
+        self, caller: Requester, places: Mapping[str, EntryId], running: Sequence[str]
+    ) -> Sequence[str]:
+        """The caller's requests that it followed without seeing their ends, and that do not run any more."""
+        services = self._services
+        missing = {name for name, place in places.items() if place != SEAL}.difference(map(short_id, running))
+        if not missing:
+            return ()
+        finished = await MappedRetry(services.settings.patience)(finished_requests, services.redis, services.keys)
+        return [found for found in finished if short_id(found) in missing and belongs(found, caller.owner)]
 
     async def _running(self, caller: Requester) -> list[tuple[str, State]]:
         """The caller's requests that wait or run, the newest first. Those that have ended are forgotten."""
