@@ -44,6 +44,8 @@ class Reader:
     was_resumed: bool = False
     was_claimed: bool = False
     """Whether another worker took the answer over after its first text."""
+    was_claimed_unfinished: bool = False
+    """Whether the answer had no finish_reason then. One that has it is sealed, and there is nothing to resume."""
     outcome: str = ""
 
     @property
@@ -53,14 +55,17 @@ class Reader:
 
     async def read(self, client: Client) -> None:
         """Add the request, and read its answer to the end."""
-        last = 0.0
+        last, is_finished = 0.0, False
         async for entry in client.follow(await client.enqueue(self.request)):
             if isinstance(entry, Delta):
                 now = time.monotonic()
                 self.wait, last = max(self.wait, now - last if last else 0.0), now
                 self.text += entry.text
                 self.began.set()
-            self.was_claimed |= isinstance(entry, Claimed) and self.began.is_set()
+                is_finished |= bool(entry.finish_reason)
+            if isinstance(entry, Claimed) and self.began.is_set():
+                self.was_claimed = True
+                self.was_claimed_unfinished |= not is_finished
             self.was_resumed |= isinstance(entry, Resumed)
             if entry.type in ("done", "error", "cancelled"):
                 self.outcome = entry.type

@@ -12,8 +12,8 @@ async def test_the_streams_of_a_drained_worker_go_on_without_a_lost_word(redis_b
     assert result.statuses == [0]
     gone = result.states[-1]
     assert gone["state"] == "gone"
-    assert gone["handed_over"] == sum(reader.was_resumed for reader in result.readers) > 0
-    assert all(reader.was_claimed == reader.was_resumed for reader in result.readers)
+    assert gone["handed_over"] == sum(reader.was_claimed for reader in result.readers) > 0
+    assert all(reader.was_resumed == reader.was_claimed_unfinished for reader in result.readers)
 
 
 async def test_a_rolling_restart_of_all_workers_loses_no_stream_and_no_word(redis_binary: Path) -> None:
@@ -23,7 +23,7 @@ async def test_a_rolling_restart_of_all_workers_loses_no_stream_and_no_word(redi
     assert all(reader.is_whole for reader in result.readers)
     assert result.statuses == [0, 0, 0]
     assert any(reader.was_resumed for reader in result.readers)
-    assert all(reader.was_claimed == reader.was_resumed for reader in result.readers)
+    assert all(reader.was_resumed == reader.was_claimed_unfinished for reader in result.readers)
 
 
 def test_the_measurement_refuses_a_rolling_replacement_by_the_command() -> None:
