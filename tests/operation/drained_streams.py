@@ -8,6 +8,7 @@
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -30,7 +31,11 @@ from worker.sandbox.simulator.requests import answer_to
 
 _WORKERS = 3
 TOKENS, RATE = 240, 20
-"""Twelve seconds of text, so that the drain meets all streams in the middle."""
+"""Twelve seconds of text."""
+_HALT_AFTER = TOKENS // 2 - 1
+"""Tokens after which a server halts until the worker has left: no answer ends before, on whatever machine, not even one
+that has continued at another worker."""
+_EXIT_TIMEOUT = 300.0
 
 
 @dataclass(slots=True)
@@ -87,6 +92,8 @@ class Result:
 async def drain_under_streams(streams: int, *, by_signal: bool = False, redis_server: Path | None = None) -> Result:
     """Drain one of three workers while all streams are in the middle of their answers."""
     async with _streams_at_three_workers(streams, redis_server) as (it, readers, reading):
+        for server in it.vllm:
+            server.clock.allow(_HALT_AFTER)
         await asyncio.gather(*[reader.began.wait() for reader in readers])
         leaving = it.workers[0]
         states: list[dict[str, Any]] = []
@@ -97,7 +104,9 @@ async def drain_under_streams(streams: int, *, by_signal: bool = False, redis_se
             ended = await run("drain", name, "--wait", "--json", "--why", "measured", REDIS_URL=it.url)
             assert ended.status == 0, ended.err
             states = [json.loads(line) for line in ended.lines]
-        status = await asyncio.to_thread(leaving.wait, 60)
+        status = await asyncio.to_thread(leaving.wait, _EXIT_TIMEOUT)
+        for server in it.vllm:
+            server.clock.release()
         await asyncio.gather(*reading)
     return Result(readers, states, [status])
 
@@ -118,11 +127,11 @@ async def replace_under_streams(streams: int, redis_server: Path | None = None) 
 
         reading_on = [asyncio.create_task(read_on(task)) for task in reading]
         for leaving in it.workers[:]:
-            new = it.start_worker(WORKER_SLOTS=str(streams))
+            new = _start_worker(it, streams)
             await eventually(partial(_takes_jobs, it, new.pid))
             await eventually(partial(_runs_jobs, it, leaving.pid))
             leaving.terminate()
-            statuses.append(await asyncio.to_thread(leaving.wait, 60))
+            statuses.append(await asyncio.to_thread(leaving.wait, _EXIT_TIMEOUT))
         await asyncio.gather(*reading_on)
     return Result(readers, [], statuses)
 
@@ -133,10 +142,15 @@ async def _streams_at_three_workers(
 ) -> AsyncIterator[tuple[Installation, list[Reader], "list[asyncio.Task[None]]"]]:
     """Three workers, each with a slot for every stream, and the tasks of the readers."""
     async with start_installation(redis_server, streams=0, workers=0) as it:
-        for worker in [it.start_worker(WORKER_SLOTS=str(streams)) for _ in range(_WORKERS)]:
+        for worker in [_start_worker(it, streams) for _ in range(_WORKERS)]:
             await eventually(partial(_takes_jobs, it, worker.pid))
         readers = [Reader(_request(number)) for number in range(streams)]
         yield it, readers, [asyncio.create_task(reader.read(it.client)) for reader in readers]
+
+
+def _start_worker(it: Installation, streams: int) -> "subprocess.Popen[bytes]":
+    # A server that halts is not given up before the worker leaves.
+    return it.start_worker(WORKER_SLOTS=str(streams), WORKER_GAP_TIMEOUT=str(_EXIT_TIMEOUT))
 
 
 def _request(number: int) -> Object:
