@@ -52,8 +52,8 @@ def text_of(lines: list[str]) -> str:
 async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
     redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    clock = SteeredClock()
-    slow = await start_simulator(Options(scenario=Scenario(rate=10)), clock=clock)
+    clock = SteeredClock(halt_after=5)
+    slow = await start_simulator(clock=clock)
     async with (
         started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as worker,
         started("enqueue", "Tell me a story", "--model", "reciter", "--follow", REDIS_URL=redis_url) as process,
@@ -73,9 +73,9 @@ async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
 async def test_json_lines_are_streamed(
     redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    clock = SteeredClock()
-    slow = await start_simulator(Options(scenario=Scenario(rate=2)), clock=clock)
-    await start_worker(slow)
+    clock = SteeredClock(halt_after=5)
+    slow = await start_simulator(clock=clock)
+    await start_worker(slow, gap_timeout=60)
     async with started("enqueue", "Who are you?", "--follow", "--json", REDIS_URL=redis_url) as process:
         first = await line_with(process.stdout, '"delta"')
         assert slow.served[0].ended is None
@@ -213,7 +213,7 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     waiting = await client.enqueue({"messages": WHO}, queue="unserved")
-    await start_worker(await start_simulator(Options(scenario=Scenario(rate=3))))
+    await start_worker(await start_simulator(clock=SteeredClock(halt_after=3)), gap_timeout=300)
     running = await client.enqueue({"messages": STORY})
 
     async with started("follow", running, REDIS_URL=redis_url) as follower:
@@ -245,8 +245,8 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
 async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     signum: signal.Signals, redis_url: str, client: Client, start_simulator: StartSimulator
 ) -> None:
-    clock = SteeredClock()
-    slow = await start_simulator(Options(scenario=Scenario(rate=1)), clock=clock)
+    clock = SteeredClock(halt_after=1)
+    slow = await start_simulator(clock=clock)
     async with started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as process:
         request_id = await client.enqueue({"messages": WHO})
         text, logged = "", ""
