@@ -18,6 +18,7 @@ import pytest
 from command import end_by_signal, environment, line_with, rest, run, started
 from conftest import StartSimulator
 from redis.asyncio import Redis
+from steered_clock import SteeredClock
 
 from worker.contract.entries import Object
 from worker.sandbox.demo import run_demo
@@ -67,16 +68,32 @@ def check_takeover(lines: list[Object]) -> None:
         assert claimed["worker"] != killed["killed"]
 
 
+@pytest.fixture
+def clock() -> SteeredClock:
+    """The time of a server whose longest answer halts: it does not end before the demo kills its worker."""
+    return SteeredClock(halt_after=150)
+
+
+@pytest.fixture
+async def halting(start_simulator: StartSimulator, clock: SteeredClock) -> Simulator:
+    return await start_simulator(Options(scenario=Scenario(rate=30)), clock=clock)
+
+
 async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
-    redis: Redis, redis_url: str, start_simulator: StartSimulator
+    redis: Redis, redis_url: str, halting: Simulator, clock: SteeredClock
 ) -> None:
-    paced = await start_simulator(Options(scenario=Scenario(rate=30)))  # 8 s, and the kill comes after 2 s
-    await redis.set("somebody-elses", "key", ex=60)
-    ended = await run("demo", "--json", "--redis-url", redis_url, "--vllm-url", f"{paced.url}/v1")
+    await redis.set("somebody-elses", "key", ex=600)
+    lines: list[Object] = []
+    async with started("demo", "--json", "--redis-url", redis_url, "--vllm-url", f"{halting.url}/v1") as process:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            lines += parsed([line.decode()])
+            if "killed" in lines[-1]:
+                clock.release()
+        ended = await rest(process)
     assert (ended.status, ended.err) == (0, "")
-    lines = parsed(ended.lines)
     assert lines[0]["redis"] == redis_url
-    assert lines[1]["vllm"] == f"{paced.url}/v1"
+    assert lines[1]["vllm"] == f"{halting.url}/v1"
     check_story(lines)
     check_takeover(lines)
     check_summary(lines)
@@ -98,20 +115,25 @@ async def test_without_any_redis_server_the_demo_imitates_one(start_simulator: S
     ids=["SIGTERM", "Ctrl-C"],  # a terminal sends the latter to the whole group
 )
 async def test_a_signal_ends_the_demo_and_all_that_it_started(
-    signum: signal.Signals, send: Callable[[int, int], None]
+    halting: Simulator, signum: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
-    ended, of_demo = await end_by_signal("demo", line="websocket │", signum=signum, send=send)
+    ended, of_demo = await end_by_signal(
+        "demo", "--vllm-url", halting.url, line="websocket │", signum=signum, send=send
+    )
     assert len(of_demo) == 5, "a Redis, two workers, and the guards of both"
     assert ended.status == 130
     assert ended.err == "· interrupted: every process that the demo started has ended\n"
     assert not [child for child in of_demo if child.is_running()]
 
 
-async def test_a_killed_demo_leaves_no_process_and_no_folder() -> None:
-    async with started("demo") as process:
+async def test_a_killed_demo_leaves_no_process_and_no_folder(halting: Simulator) -> None:
+    async with started("demo", "--vllm-url", halting.url) as process:
         await line_with(process.stdout, "websocket │")
         of_demo = psutil.Process(process.pid).children(recursive=True)
-        folders = {it.cwd() for it in of_demo if "run" in it.cmdline()}
+        folders = set[str]()
+        for it in of_demo:
+            with suppress(psutil.ZombieProcess):  # a worker that the demo has killed
+                folders |= {it.cwd()} if "run" in it.cmdline() else set()
         process.kill()
         await process.wait()
         await asyncio.to_thread(psutil.wait_procs, of_demo, timeout=300)
@@ -204,8 +226,8 @@ async def test_servers_that_are_not_there_are_reported_at_once() -> None:
     assert "hidden-pw" not in no_vllm.out + no_vllm.err + no_redis.out + no_redis.err
 
 
-async def test_a_worker_that_dies_by_itself_ends_the_demo_at_once() -> None:
-    async with started("demo") as process:
+async def test_a_worker_that_dies_by_itself_ends_the_demo_at_once(halting: Simulator) -> None:
+    async with started("demo", "--vllm-url", halting.url) as process:
         await line_with(process.stdout, "websocket │")
         # Both, since on a busy machine the demo may have killed one by now.
         for child in psutil.Process(process.pid).children():
