@@ -95,11 +95,12 @@ async def test_the_terminal_is_as_before_however_it_ends(
 
 async def test_sigterm_ends_it_with_0_though_its_terminal_is_gone(redis_url: str) -> None:
     with terminal() as (person, program):
+        seen = bytearray()
 
         async def is_shown() -> bool:
             with suppress(BlockingIOError):
-                return b"vllm-relay" in os.read(person, 1 << 16)
-            return False
+                seen.extend(os.read(person, 1 << 16))
+            return b"vllm-relay" in seen
 
         async with started(redis_url, program) as process:
             await eventually(is_shown)
