@@ -11,7 +11,7 @@ from steered_clock import SteeredClock
 from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
-from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.server import Simulator
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -28,16 +28,16 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 async def test_a_job_that_changes_its_worker_twice_stays_in_one_trace(
     client: Client, start_process: StartProcess, traced: Collector
 ) -> None:
-    clock = SteeredClock()
-    async with Simulator(Options(scenario=Scenario(rate=1)), clock=clock) as vllm:
-        workers = [start_process(vllm, drain_timeout=0, lease=6)]
+    clock = SteeredClock(halt_after=2)  # no attempt ends its answer before the last worker has it
+    async with Simulator(clock=clock) as vllm:
+        workers = [start_process(vllm, drain_timeout=0, lease=6, gap_timeout=300)]
         request = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
         request_id = await client.enqueue(request, traceparent=f"00-{TRACE}-{PARENT}-01")
         attempt, entries = 1, list[Entry]()
         async for entry in client.follow(request_id):
             entries.append(entry)
             if isinstance(entry, Delta) and entry.id.attempt == attempt and len(workers) == attempt < 3:
-                workers.append(start_process(vllm, drain_timeout=0, lease=6))
+                workers.append(start_process(vllm, drain_timeout=0, lease=6, gap_timeout=300))
                 workers[-2].send_signal(signal.SIGTERM if attempt == 1 else signal.SIGKILL)
                 attempt += 1
             elif isinstance(entry, Delta) and entry.id.attempt == 3:
@@ -66,7 +66,7 @@ async def test_each_of_many_jobs_on_shared_connections_has_its_own_events(
     client: Client, simulator: Simulator, start_process: StartProcess, traced: Collector
 ) -> None:
     """With uvloop a stream arrives in the context in which its connection was opened, for example by another job."""
-    start_process(simulator)
+    start_process(simulator, lease=60)  # a worker that the machine does not run for a while begins no other attempt
     ids = []
     for round_ in range(3):  # later jobs use the connections that earlier ones opened
         asked = [
