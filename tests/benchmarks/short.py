@@ -41,6 +41,7 @@ _POLL, _POLL_LAST = 0.02, 0.002
 _TRAILING = 0.1
 """Seconds after the last acknowledgement in which a bridge does what it has put off."""
 _CHECKED = 50
+_END = b"end of the commands"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +169,13 @@ class ShortJobs:
         with socket.create_connection(("127.0.0.1", self.rig.redis_port)) as monitor:
             monitor.sendall(b"MONITOR\r\n")
             monitor.recv(1024)  # it begins with this reply
-            monitor.settimeout(_TRAILING)
             self.burst(jobs, tokens)
+            self.rig.redis.echo(_END)
             shown = bytearray()
-            try:
-                while piece := monitor.recv(1 << 20):
-                    shown += piece
-            except TimeoutError:
-                pass
+            while _END not in shown:
+                if not (piece := monitor.recv(1 << 20)):
+                    raise RigFailed("Redis has closed the connection that monitors it")
+                shown += piece
         sent, called = Counter[str](), Counter[str]()
         for line in shown.splitlines():
             # +<seconds> [<database> <address, or "lua">] "<command>" "<argument>" ...
