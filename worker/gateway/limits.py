@@ -131,10 +131,10 @@ class Limits:
         if caller.key is not None and caller.key.requests_per_minute is not None and await self._try(caller, ""):
             raise self._refusal("rate")
 
-    async def ended(self, owner: str, request_id: str) -> None:
-        """A request has ended, or was not added after all."""
+    async def ended(self, owner: str, *request_ids: str) -> None:
+        """Requests have ended, or were not added after all."""
         hashed = owner_hash(owner)
-        await self._retry(self._remove, [self._keys.running(hashed), self._keys.waiting(hashed)], [request_id])
+        await self._retry(self._remove, [self._keys.running(hashed), self._keys.waiting(hashed)], request_ids)
 
     async def running(self, owner: str, most: int = 1000) -> list[str]:
         """The requests of an owner that have not been seen to end, the newest first."""

@@ -15,6 +15,7 @@ import msgspec
 from ..client.errors import ClientError
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .event_cursors import parse_cursor
+from .ids import FIRST
 from .log_cursor import LogCursor
 from .open_streams import ClientStream, OpenStreams
 from .outlets import Connection, Outlet
@@ -34,20 +35,20 @@ _ENDED_KEPT = 256
 _ENDED_NAMED = 8
 """The most ended requests in the cursor of a connection that follows all requests of its caller.
 
-A caller that comes back follows those that run, so the cursor needs no ended ones. The latest few stay, since a request
-may look as if it runs for a moment.
+A caller that comes back follows those that run and those that its cursor names without an end, so the cursor needs no
+ended ones. The latest few stay, since a request may look as if it runs for a moment.
 """
 
 _OWN_ID = re.compile(r"[0-9a-f]{48}")
 _END = "end"
 
-ListRunning = Callable[[], Awaitable[Sequence[str]]]
-"""Returns the ids of the caller's running requests."""
+ListRunning = Callable[[Sequence[str]], Awaitable[Sequence[str]]]
+"""Forgets requests that have ended, and returns the ids of the caller's running requests."""
 
 
 def short_id(request_id: str) -> str:
-    """The name of a request in a cursor: enough of a random id, and the whole of every other."""
-    return request_id[:12] if _OWN_ID.fullmatch(request_id) else request_id
+    """The name of a request in a cursor: what `id_of_first` needs of a gateway's id, and the whole of every other."""
+    return request_id[:FIRST] if _OWN_ID.fullmatch(request_id) else request_id
 
 
 def parse_cursors(text: str) -> dict[str, EntryId]:
@@ -82,7 +83,7 @@ class RequestsStream(ClientStream):
             of `request_ids`.
     """
 
-    __slots__ = ("_cursors", "_ended", "_followed", "_list_running", "_places")
+    __slots__ = ("_cursors", "_ended", "_followed", "_list_running", "_over", "_places")
 
     def __init__(
         self, streams: OpenStreams, connection: Connection, request_ids: Sequence[str], places: Mapping[str, EntryId],
@@ -98,6 +99,8 @@ class RequestsStream(ClientStream):
         self._ended: deque[str] = deque(maxlen=MOST_REQUESTS if list_running is None else _ENDED_NAMED)
         """The ended requests in the cursor."""
         self._list_running = list_running
+        self._over: list[str] = []
+        """The requests that have ended since `list_running` was called."""
         self._add(request_ids)
 
     @property
@@ -182,6 +185,8 @@ class RequestsStream(ClientStream):
         self._cursors.pop(request_id).leave()
         self._followed.pop(short_id(request_id), None)
         self._ended.append(f"{short_id(request_id)}:{_END}")
+        if self._list_running is not None:
+            self._over.append(request_id)
         ended = [name for name, place in self._places.items() if place == SEAL]
         for name in ended[:-_ENDED_KEPT]:
             del self._places[name]
@@ -198,8 +203,10 @@ class RequestsStream(ClientStream):
     async def _refresh(self, list_running: ListRunning) -> None:
         while True:
             await asyncio.sleep(_REFRESH)
+            over, self._over = self._over, []
             try:
-                self._add(await list_running())
+                self._add(await list_running(over))
             except (ClientError, Problem):
+                self._over += over
                 continue
             self.wake()

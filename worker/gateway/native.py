@@ -16,7 +16,7 @@ from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .access import Requester
 from .body import body_limit, check_completion, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
-from .ids import belongs, id_of_key, new_id
+from .ids import id_of_first, id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
 from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
@@ -27,7 +27,7 @@ from .protocols.native import NativeEvents, named_event
 from .repeats import Repeats, fingerprint
 from .request_state import RequestState
 from .responses import is_event_source, json_response, problem_response
-from .running import finished_requests, started_requests
+from .running import started_requests
 from .services import Services
 from .stream_response import EVENT_STREAM_HEADERS, StreamResponse, response_start
 from .websocket import RequestWebSocket
@@ -196,8 +196,10 @@ class _NativeApi:
             return _in_band(request, problem)
         return RequestsResponse(self, ids, places, caller)
 
-    async def running_ids(self, caller: Requester) -> Sequence[str]:
-        """The ids of a caller's requests that have not been seen to end."""
+    async def running_ids(self, caller: Requester, over: Sequence[str] = ()) -> Sequence[str]:
+        """The ids of a caller's requests that have not been seen to end. Those in `over` have."""
+        if over:
+            await self._services.limits.ended(caller.owner, *over)
         return await self._services.limits.running(caller.owner, MOST_REQUESTS)
 
     @property
@@ -221,34 +223,22 @@ class _NativeApi:
                 raise not_found()
         ids = list(given)
         if caller is not None:
-            ids = [found for found, _ in await self._running(caller)]
-            ids += await self._ended_since(caller, places, ids)
+            running = [found for found, _ in await self._running(caller)]
+            ids = [*_ended_since(caller, places, running), *running][:MOST_REQUESTS]
         for request_id in ids:
             await check_place(self._services, request_id, places.get(short_id(request_id), BEFORE_ALL))
         return ids
 
-    async def _ended_since(
-        self, caller: Requester, places: Mapping[str, EntryId], running: Sequence[str]
-    ) -> Sequence[str]:
-        """The caller's requests that it followed without seeing their ends, and that do not run any more."""
-        services = self._services
-        missing = {name for name, place in places.items() if place != SEAL}.difference(map(short_id, running))
-        if not missing:
-            return ()
-        finished = await MappedRetry(services.settings.patience)(finished_requests, services.redis, services.keys)
-        return [found for found in finished if short_id(found) in missing and belongs(found, caller.owner)]
-
     async def _running(self, caller: Requester) -> list[tuple[str, State]]:
         """The caller's requests that wait or run, the newest first. Those that have ended are forgotten."""
-        ids = await self.running_ids(caller)
-        states = await asyncio.gather(*map(self._services.client.status, ids))
-        found = list[tuple[str, State]]()
-        for request_id, status in zip(ids, states, strict=True):
-            if status.state in {State.QUEUED, State.RUNNING}:
-                found.append((request_id, status.state))
-            elif status.state is not State.UNKNOWN:  # an unknown one is being added
-                await self._services.limits.ended(caller.owner, request_id)
-        return found
+        while True:
+            ids = await self.running_ids(caller)
+            states = [status.state for status in await asyncio.gather(*map(self._services.client.status, ids))]
+            both = list(zip(ids, states, strict=True))
+            over = [request_id for request_id, state in both if state in {State.ENDED, State.EXPIRED}]
+            if not over:  # an unknown one is being added
+                return [(request_id, state) for request_id, state in both if state is not State.UNKNOWN]
+            await self._services.limits.ended(caller.owner, *over)  # older ones come into view
 
     async def _wait(self, state: RequestState, seconds: float) -> None:
         """Wait for the end of a request, but not beyond the end of this process."""
@@ -299,7 +289,7 @@ class RequestsResponse:
             return
         caller, api = self._caller, self._api
         streams = api.services.streams
-        list_running = None if caller is None else lambda: api.running_ids(caller)
+        list_running = None if caller is None else partial(api.running_ids, caller)
         connection = scope, receive, scope.get(RAW_SEND, send)
         forget_request(scope)
         await streams.start(RequestsStream(streams, connection, self._ids, self._places, list_running), scope)
@@ -312,6 +302,13 @@ def _in_band(request: Request, problem: Problem) -> Response:
         return problem_response(request.scope, problem)
     event = named_event("gone" if problem.status == 410 else "problem", SEAL, problem)
     return Response(event, headers=EVENT_STREAM_HEADERS)
+
+
+def _ended_since(caller: Requester, places: Mapping[str, EntryId], running: Sequence[str]) -> Sequence[str]:
+    """The caller's requests that it followed without seeing their ends, and that do not run any more."""
+    missing = {name for name, place in places.items() if place != SEAL}.difference(map(short_id, running))
+    found = (id_of_first(name, caller.owner) for name in places if name in missing)
+    return [request_id for request_id in found if request_id is not None]
 
 
 def _given_ids(request: Request) -> Sequence[str] | None:
