@@ -13,7 +13,6 @@ A run that fails prints how to repeat it. To search for longer than CI does (her
 import asyncio
 import json
 import os
-import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -366,9 +365,6 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
         Machine.url = redis_url
         # Each pause is followed by a gate anyway.
         monkeypatch.setattr("worker.redisio.retry.Backoff.wait", _no_pause)
-        # Loading all certificates takes longer than the life of such a worker.
-        context = ssl.create_default_context()
-        monkeypatch.setattr("httpx._transports.default.create_ssl_context", lambda **_: context)
 
 
 async def _no_pause(*_: object) -> None:
