@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from loaded_python import LoadedPython
+from plain_http import NO_TLS
 from waits import eventually
 
 from worker.gateway.keys import hash_of
@@ -97,7 +98,7 @@ async def gateway(start_gateway: StartGateway) -> Served:
 
 @pytest.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=30, verify=NO_TLS) as client:
         yield client
 
 
@@ -123,7 +124,7 @@ class GatewayProcess:
     async def answers(self, path: str = "/healthz") -> bool:
         """Whether a path is answered with 200."""
         try:
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(verify=NO_TLS) as client:
                 return (await client.get(self.url + path)).status_code == 200
         except httpx.TransportError:
             return False
