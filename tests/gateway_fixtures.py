@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 import pytest
 from loaded_python import LoadedPython
-from plain_http import NO_TLS
 from waits import eventually
 
 from worker.gateway.keys import hash_of
@@ -98,7 +97,7 @@ async def gateway(start_gateway: StartGateway) -> Served:
 
 @pytest.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=30, verify=NO_TLS) as client:
+    async with httpx.AsyncClient(timeout=30) as client:
         yield client
 
 
@@ -124,7 +123,7 @@ class GatewayProcess:
     async def answers(self, path: str = "/healthz") -> bool:
         """Whether a path is answered with 200."""
         try:
-            async with httpx.AsyncClient(verify=NO_TLS) as client:
+            async with httpx.AsyncClient() as client:
                 return (await client.get(self.url + path)).status_code == 200
         except httpx.TransportError:
             return False

@@ -9,10 +9,9 @@ import httpx
 import pytest
 from conftest import StartSimulator, StartWorker, stream
 from gateway_fixtures import KEY_B, KEYS, Served, StartGateway
-from openai import APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import APIError, APIStatusError, AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 from openai_reading import without_nothing
-from plain_http import NO_TLS
 from raw_posts import RawPost
 from redis.asyncio import Redis
 from rooms import whole_room
@@ -58,8 +57,7 @@ async def ai(gateway: Served) -> AsyncIterator[AsyncOpenAI]:
 
 
 def openai(url: str, key: str = "none", **options: Any) -> AsyncOpenAI:  # noqa: ANN401 - of the client
-    http = DefaultAsyncHttpxClient(verify=NO_TLS)
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, http_client=http, **({"max_retries": 0} | options))
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, **({"max_retries": 0} | options))
 
 
 def split(fields: Object) -> Object:

@@ -13,8 +13,7 @@ import httpx
 import pytest
 from conftest import StartSimulator, StartWorker
 from gateway_fixtures import KEY_A, KEY_B, KEYS, Served, StartGateway, StartGatewayProcess
-from openai import APIConnectionError, AsyncOpenAI, DefaultAsyncHttpxClient
-from plain_http import NO_TLS
+from openai import APIConnectionError, AsyncOpenAI
 from proxy import Proxy
 from raw_posts import RawPost
 from redis.asyncio import Redis
@@ -317,8 +316,7 @@ async def test_a_retry_of_openais_client_attaches_to_the_first_job(
 
 
 def client_of(url: str, **options: Any) -> AsyncOpenAI:  # noqa: ANN401 - of the client
-    http = DefaultAsyncHttpxClient(verify=NO_TLS)
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", http_client=http, **options)
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", **options)
 
 
 async def text_of(answer: Any) -> str:  # noqa: ANN401 - a stream or a completion

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from plain_http import NO_TLS
 
 from worker.sandbox.simulator.answers import END, VOCABULARY, decode, encode
 from worker.sandbox.simulator.requests import ChatRequest, Message, answer_to
@@ -33,7 +32,7 @@ async def simulator() -> AsyncIterator[Simulator]:
 
 @pytest.fixture
 async def client(simulator: Simulator) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=simulator.url, timeout=10, verify=NO_TLS) as client:
+    async with httpx.AsyncClient(base_url=simulator.url, timeout=10) as client:
         yield client
 
 
