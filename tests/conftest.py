@@ -172,7 +172,8 @@ def _certificates_are_read_once() -> Iterator[None]:
         return default(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("httpx._transports.default.create_ssl_context", context)
+        for library in ("httpx", "httpx2"):  # the clients of openai use httpx2, which is httpx under another name
+            patch.setattr(f"{library}._transports.default.create_ssl_context", context)
         yield
 
 
