@@ -15,7 +15,6 @@ from worker.vllm.stream.sse import EventTooLarge, SSEDecoder
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 BODIES = sorted(path.stem for path in TRANSCRIPTS.glob("*.body"))
 STREAMS = [name for name in BODIES if (TRANSCRIPTS / f"{name}.body").read_bytes().startswith(b"data:")]
-SMALL = [name for name in STREAMS if (TRANSCRIPTS / f"{name}.body").stat().st_size < 10_000]
 
 
 def recorded(name: str) -> bytes:
@@ -284,10 +283,13 @@ def test_a_recorded_stream_reads_the_same_in_one_piece_and_in_bytes(name: str) -
     assert decoded(*byte_by_byte(body)) == whole
 
 
-@pytest.mark.parametrize(("name", "end"), [*((name, b"\n") for name in SMALL), ("length", b"\r\n"), ("n2", b"\r")])
+@pytest.mark.parametrize(("name", "end"), [*((name, b"\n") for name in STREAMS), ("length", b"\r\n"), ("n2", b"\r")])
 def test_a_recorded_stream_reads_the_same_at_every_cut(name: str, end: bytes) -> None:
-    body = recorded(name).replace(b"\n", end)
+    """The first and the last events: those between them have the shape of their neighbours."""
+    events = recorded(name).split(b"\n\n")
+    body = b"\n\n".join(events[:4] + events[4:][-4:]).replace(b"\n", end)
     whole = decoded(body)
+    assert whole
     for cut in range(len(body)):
         assert decoded(body[:cut], body[cut:]) == whole
 
