@@ -117,10 +117,10 @@ async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_w
     """Half of all jobs are bad."""
     async with Picky(way) as picky:
         await start_worker(picky, slots=16, **PATIENT)
-        ids = [await client.enqueue(chat_request(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
+        ids = [await client.enqueue(chat_request(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(40)]
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
-        assert outcomes == ["error", "done"] * 40
-        assert all(picky.requests[f"good {n}"] == 1 for n in range(1, 80, 2))
+        assert outcomes == ["error", "done"] * 20
+        assert all(picky.requests[f"good {n}"] == 1 for n in range(1, 40, 2))
 
 
 async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
