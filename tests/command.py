@@ -73,12 +73,13 @@ async def run(*arguments: str, stdin: bytes | None = None, **settings: str) -> E
 async def line_with(stream: asyncio.StreamReader | None, text: str) -> str:
     """Read lines up to the one that holds a text."""
     assert stream is not None
+    lines = list[str]()
     async with asyncio.timeout(_TOO_LONG):
         async for raw in stream:
-            line = raw.decode()
-            if text in line:
-                return line
-    raise AssertionError(f"the output ended without {text!r}")
+            lines.append(raw.decode())
+            if text in lines[-1]:
+                return lines[-1]
+    raise AssertionError(f"the output ended without {text!r}:\n{''.join(lines)}")
 
 
 async def end_by_signal(

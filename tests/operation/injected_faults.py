@@ -11,7 +11,6 @@ from waits import eventually
 
 from worker.broker.control import Control
 from worker.contract.keys import Keys
-from worker.sandbox.embedded_redis import free_port
 
 _POISONED = str(Path(__file__).parents[1] / "chaos/poisoned_worker.py")
 _PASSWORD = "PASSWORD"
@@ -55,7 +54,7 @@ async def worker_blocked(it: Installation) -> AsyncIterator[None]:
 @_fault("gateway_silent")
 async def gateway_stopped(it: Installation) -> AsyncIterator[None]:
     """A gateway is started beside the workers. Then SIGSTOP."""
-    settings = {"REDIS_URL": it.url, "GATEWAY_LISTEN": f"127.0.0.1:{free_port()}", "GATEWAY_NO_AUTH": "true"}
+    settings = {"REDIS_URL": it.url, "GATEWAY_LISTEN": "127.0.0.1:0", "GATEWAY_NO_AUTH": "true"}
     process = it.programs.start_own("gateway", **settings)
 
     async def has_record() -> bool:

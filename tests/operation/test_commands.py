@@ -267,13 +267,13 @@ async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
 
 
 async def test_a_gateway_process_serves_and_ends_on_sigterm_with_0(redis_url: str) -> None:
-    listen = f"127.0.0.1:{free_port()}"
+    listen = "127.0.0.1:0"
     async with (
-        httpx.AsyncClient() as http,
+        httpx.AsyncClient(timeout=60) as http,
         started("gateway", "--no-auth", REDIS_URL=redis_url, GATEWAY_LISTEN=listen, GATEWAY_DRAIN_DELAY="0") as process,
     ):
-        await line_with(process.stderr, "gateway_started")
-        assert (await http.get(f"http://{listen}/healthz")).status_code == 200
+        address = json.loads(await line_with(process.stderr, "gateway_started"))["listen"]
+        assert (await http.get(f"http://{address}/healthz")).status_code == 200
         process.terminate()
         ended = await rest(process)
     assert ended.status == 0

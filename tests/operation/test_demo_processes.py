@@ -22,7 +22,6 @@ from steered_clock import SteeredClock
 
 from worker.contract.entries import Object
 from worker.sandbox.demo import run_demo
-from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -175,16 +174,16 @@ async def on_a_terminal(until: str, **variables: str) -> str:
 
 async def test_the_three_commands_work_as_printed(simulator: Simulator) -> None:
     """Only the port is another, which is free here."""
-    port = str(free_port())
     ended = await run("demo", "--json", "--vllm-url", simulator.url)
-    commands = cast("list[str]", parsed(ended.lines)[-1]["try_next"])
-    simulate, demo, settings = [command.replace("8000", port).split() for command in commands]
-    serving = await asyncio.create_subprocess_exec(*simulate, env=environment(), stderr=asyncio.subprocess.PIPE)
+    simulate, *commands = cast("list[str]", parsed(ended.lines)[-1]["try_next"])
+    serving = await asyncio.create_subprocess_exec(
+        *simulate.replace("8000", "0").split(), env=environment(), stderr=asyncio.subprocess.PIPE
+    )  # fmt: skip
     try:
-        await line_with(serving.stderr, "listens on")
-        for command in (demo, settings):
+        port = (await line_with(serving.stderr, "listens on")).strip().rpartition(":")[2]
+        for command in commands:
             process = await asyncio.create_subprocess_exec(
-                *command, env=environment(), stdout=asyncio.subprocess.PIPE
+                *command.replace("8000", port).split(), env=environment(), stdout=asyncio.subprocess.PIPE
             )  # fmt: skip
             assert (await rest(process)).status == 0, command
     finally:
