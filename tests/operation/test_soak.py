@@ -6,6 +6,7 @@ import pytest
 from soak import soak
 
 
+@pytest.mark.timeout(1800)
 async def test_a_thousand_jobs_under_all_harm_are_neither_lost_nor_doubled_nor_stuck(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
