@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 import psutil
@@ -166,3 +168,17 @@ def test_ctrl_c_during_the_start_ends_the_server(tmp_path: Path) -> None:
         pass
     other.join()
     assert not psutil.pid_exists(int(record.read_text()))
+
+
+def test_processes_that_have_the_same_ports_begin_at_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them chose the same port while the server of the first did not listen yet."""
+    found = set[int]()
+    for pid in range(4_000, 4_000 + 5 * 48, 48):
+        spec = find_spec("worker.sandbox.embedded_redis")
+        assert spec is not None
+        assert spec.loader is not None
+        of_another_process = module_from_spec(spec)
+        spec.loader.exec_module(of_another_process)
+        monkeypatch.setattr(os, "getpid", partial(int, pid))
+        found |= {of_another_process.free_port() for _ in range(5)}
+    assert len(found) == 5 * 5

@@ -29,6 +29,8 @@ _FIRST_PORT = 20_000
 _PORTS = 250
 """How many ports are of one process, which tries them in turn: the server of the last one may not listen yet."""
 _PROCESSES = 48
+_APART = 61
+"""How far apart two processes begin that have the same ports."""
 _turns = count()
 
 
@@ -111,10 +113,11 @@ def free_port() -> int:
     """A port of 127.0.0.1 on which nothing listens, below those that the kernel gives to outgoing connections.
 
     A server that ends and starts again can therefore have the same port. Processes that search at the same time find
-    different ports: of those, each process has a part of its own.
+    different ports: of those, each process has a part of its own, or begins elsewhere in that of another.
     """
+    part, offset = os.getpid() % _PROCESSES, os.getpid() // _PROCESSES * _APART
     while True:
-        port = _FIRST_PORT + os.getpid() % _PROCESSES * _PORTS + next(_turns) % _PORTS
+        port = _FIRST_PORT + part * _PORTS + (offset + next(_turns)) % _PORTS
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
