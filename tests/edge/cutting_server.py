@@ -42,6 +42,8 @@ class CuttingServer:
 
     def __init__(self, gateway: int, folder: Path, is_asked: Callable[[], Awaitable[object]], *, keeps: bool) -> None:
         self.posts: list[SeenPost] = []
+        self.cuts = 0
+        """How many connections are cut by now."""
         self.url = ""
         self._gateway = gateway
         self._folder = folder
@@ -69,6 +71,7 @@ class CuttingServer:
     def cut_next(self, cut: Cut, times: int) -> None:
         """Cut the connections of the next POSTs."""
         self.posts.clear()
+        self.cuts = 0
         self._cut, self._left = cut, times
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
@@ -111,6 +114,7 @@ class CuttingServer:
             for task in (passing, leaving):
                 task.cancel()
             await asyncio.gather(passing, leaving, return_exceptions=True)
+            self.cuts += post.is_cut
         return False
 
     def _file(self, file: Path) -> bytes:

@@ -23,6 +23,8 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 ASK: list[Any] = [{"role": "user", "content": "Who are you?"}]
 TEXT = answer_to(ASK)
 CLIENTS = ("fetch", "openai")
+UNHURRIED = {"lease": 60, "first_token_timeout": 60, "gap_timeout": 300}
+"""Settings of a worker that requests no answer twice though a busy machine does not run it for seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,14 @@ class Page:
 
         await eventually(are_sent)
         return [(post.is_reused, post.retry) for post in self.server.posts]
+
+    async def cut(self) -> None:
+        """Wait until a connection is cut."""
+
+        async def is_cut() -> bool:
+            return self.server.cuts > 0
+
+        await eventually(is_cut)
 
     async def results(self, count: int = 1) -> list[dict[str, str]]:
         """Wait until so many calls have ended; returns the text and the error of each."""
@@ -78,15 +88,19 @@ async def open_page(browser: Browser, drivers: Path, redis: Redis) -> AsyncItera
 
 
 @pytest.fixture
-async def simulator(start_simulator: StartSimulator) -> Simulator:
-    """Slow enough that a test can act in the middle of an answer."""
-    return await start_simulator(Options(scenario=Scenario(rate=40.0)))
+def clock() -> SteeredClock:
+    """A clock by which answers halt only if a test says where."""
+    return SteeredClock()
+
+
+@pytest.fixture
+async def simulator(start_simulator: StartSimulator, clock: SteeredClock) -> Simulator:
+    return await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
 
 
 @pytest.fixture
 async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
-    """A worker that keeps its job though a busy machine does not run it for seconds."""
-    return await start_worker(simulator, lease=60)
+    return await start_worker(simulator, **UNHURRIED)
 
 
 @pytest.mark.parametrize("reused", [False, True], ids=["fresh", "reused"])
@@ -109,7 +123,7 @@ async def test_what_is_sent_again_before_the_head_is_one_job(
             assert await page.sent(count) == [(reused, retry) for retry in retries]
     await _wait_decided(redis, sum(is_sent_again for _, is_sent_again in pages))
     assert await redis.xlen("chat:jobs") == len(pages)
-    await start_worker(simulator)
+    await start_worker(simulator, **UNHURRIED)
     for page, is_sent_again in pages:
         (result,) = await page.results()
         assert bool(result["error"]) is not is_sent_again
@@ -138,13 +152,20 @@ async def _wait_decided(redis: Redis, count: int) -> None:
 @pytest.mark.usefixtures("worker")
 async def test_a_stream_that_is_cut_is_an_error_and_one_job(
     cut: Cut, browser: Browser, open_page: OpenPage, start_replica: StartReplica, simulator: Simulator,
+    clock: SteeredClock,
 ) -> None:  # fmt: skip
-    """Firefox takes a head without a body for no response, and openai's client then tries again."""
-    replica = await start_replica(grace=0.1)
+    """Firefox takes a head without a body for no response, and openai's client then tries again.
+
+    The answer is not whole before the cut: a retry would then be a new request.
+    """
+    replica = await start_replica(grace=0.1, leave_after=600)
     for number, client in enumerate(CLIENTS, 1):
         page = await open_page(replica.port)
         page.server.cut_next(cut, 1)
+        clock.allow(3)
         await page.start(client, seed=number)
+        await page.cut()
+        clock.release()
         (result,) = await page.results()
         is_retried = (cut, client) == ("after the head", "openai") and isinstance(browser, Firefox)
         assert [post.retry for post in page.server.posts] == ([0, 1] if is_retried else [0])
@@ -162,7 +183,7 @@ async def test_a_stream_that_is_cut_is_an_error_and_one_job(
 async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text_and_one_job(
     open_page: OpenPage, start_replica: StartReplica, simulator: Simulator
 ) -> None:
-    replica = await start_replica()
+    replica = await start_replica(leave_after=600)
     for number, client in enumerate(CLIENTS, 1):
         page = await open_page(replica.port)
         page.server.cut_next("after the head", 1)
@@ -172,15 +193,14 @@ async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text_and_on
         assert len(simulator.served) == number
 
 
+@pytest.mark.usefixtures("worker")
 async def test_regenerate_after_a_stop_is_a_second_job(
-    open_page: OpenPage, start_replica: StartReplica, start_simulator: StartSimulator, start_worker: StartWorker
+    open_page: OpenPage, start_replica: StartReplica, simulator: Simulator, clock: SteeredClock
 ) -> None:
-    clock = SteeredClock(halt_after=3)
-    simulator = await start_simulator(Options(scenario=Scenario(rate=40.0)), clock=clock)
-    await start_worker(simulator, lease=60, gap_timeout=60)
     replica = await start_replica()
     page = await open_page(replica.port)
     for number, client in enumerate(CLIENTS):
+        clock.allow(3)
         await page.tab.evaluate("void (window.results = [])")
         await page.start(client, seed=number, stop=True)
         await page.results(1)
@@ -190,4 +210,3 @@ async def test_regenerate_after_a_stop_is_a_second_job(
         assert 0 < len(stopped["text"]) < len(TEXT)
         assert regenerated == {"text": TEXT, "error": ""}
         assert len(simulator.served) == 2 * (number + 1)
-        clock.allow(3)
