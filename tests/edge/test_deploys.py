@@ -11,6 +11,7 @@ from conftest import StartSimulator, StartWorker
 from deploy_followers import deploy_under_followers
 from edge_fixtures import StartReplica
 from serving import entries_of
+from steered_clock import SteeredClock
 from waits import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedError
@@ -84,8 +85,13 @@ class OtherFollower:
 async def test_followers_notice_nothing_of_a_deploy(
     start_replica: StartReplica, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
 ) -> None:
-    """Sixty: five by WebSocket, five of several requests each, five of a chat completion, and 45 of one request."""
-    await start_worker(await start_simulator(Options(scenario=Scenario(tokens=200, rate=20.0))))
+    """Sixty: five by WebSocket, five of several requests each, five of a chat completion, and 45 of one request.
+
+    No answer ends before the first gateway has: its followers would not connect again.
+    """
+    clock = SteeredClock(halt_after=150)
+    simulator = await start_simulator(Options(scenario=Scenario(tokens=200, rate=20.0)), clock=clock)
+    await start_worker(simulator, lease=60, first_token_timeout=60, gap_timeout=300)
     first, second = await start_replica(drain_delay=0.5, drain_timeout=0.5), await start_replica()
     requests = [await client.enqueue({"messages": [{"role": "user", "content": f"Tell me {n}"}]}) for n in range(6)]
     port = first.port
@@ -103,7 +109,9 @@ async def test_followers_notice_nothing_of_a_deploy(
             await eventually(all_have_entries)
             nonlocal port
             port = second.port
-            return await first.end(signal.SIGTERM)
+            status = await first.end(signal.SIGTERM)
+            clock.release()
+            return status
 
         deploy = await deploy_under_followers(requests, 45, (first.port, second.port), end_the_first, client)
     assert not deploy.errors, deploy.errors[:5]
