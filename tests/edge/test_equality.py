@@ -13,8 +13,12 @@ import httpx
 import pytest
 from conftest import StartSimulator, StartWorker
 from edge_fixtures import ClientName, Object, StartClient, StartReplica
+from redis.asyncio import Redis
 from replicas import Replica
+from waits import eventually
 
+from worker.broker.queue_depth import live_records
+from worker.contract.keys import Keys
 from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import load_settings
@@ -87,6 +91,18 @@ async def compared(
 def shown(error: Object) -> Object:
     """The part of an error that is the same."""
     return {name: error["error"][name] for name in ("kind", "status", "message")}
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, simulator: Simulator, redis: Redis) -> Worker:
+    """A worker whose model a gateway lists. It keeps its job though a busy machine does not run it for seconds."""
+    worker = await start_worker(simulator, lease=60, first_token_timeout=60, gap_timeout=60)
+
+    async def is_listed() -> bool:
+        return any(record.models for record in await live_records(redis, Keys()))
+
+    await eventually(is_listed)
+    return worker
 
 
 @CLIENTS

@@ -27,7 +27,7 @@ async def simulator(start_simulator: StartSimulator) -> Simulator:
 @pytest.fixture
 async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
     """A worker that keeps its job though a busy machine does not run it for seconds."""
-    return await start_worker(simulator, lease=60)
+    return await start_worker(simulator, lease=60, first_token_timeout=60, gap_timeout=60)
 
 
 @pytest.mark.parametrize("name", ["openai_node", "openai_python", "ai_sdk"])

@@ -300,7 +300,7 @@ async def test_a_retry_attaches_to_a_whole_answer_whose_connection_was_reset_aft
     start_gateway: StartGateway, simulator: Simulator, start_worker: StartWorker, *, is_cut: bool
 ) -> None:
     """A client that has read everything closes without a reset, and a retry is then of another request."""
-    await start_worker(simulator)
+    await start_worker(simulator, lease=60, gap_timeout=60, first_token_timeout=60)
     gateway = await start_gateway(rooms=(whole_room(AnswerPace(receipt=2.0)),))
     first = await RawPost.send(gateway.port, BODY)
     assert await first.read_head() == 200
@@ -325,7 +325,7 @@ async def test_a_whole_answer_that_fails_after_spaces_is_a_broken_connection_and
             return bool(asked) and not unanswered
 
         await eventually(has_a_byte)
-        await start_worker(simulator)
+        await start_worker(simulator, lease=60, gap_timeout=60, first_token_timeout=60)
         with pytest.raises(APIStatusError) as caught:
             await asking
     assert caught.value.status_code == 400
@@ -337,7 +337,7 @@ async def test_a_failure_under_an_idempotency_key_is_not_repeated(
 ) -> None:
     """The key would get the same failure again. Without a key, the SDK's retry is a new job."""
     simulator = await start_simulator(Options(model="broken", scenario=Scenario(fault="500")))
-    await start_worker(simulator, tries=1)
+    await start_worker(simulator, lease=60, gap_timeout=60, first_token_timeout=60, tries=1)
     gateway = await start_gateway(grace=30)
     async with openai(gateway.url, max_retries=1) as ai:
         for streams in (True, False):
