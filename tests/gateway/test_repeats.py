@@ -38,6 +38,8 @@ WHOLE = BODY | {"stream": False}
 EITHER_WAY = pytest.mark.parametrize("body", [BODY, WHOLE], ids=["stream", "whole"])
 CUTS = pytest.mark.parametrize("cut", [RawPost.close, RawPost.reset], ids=["FIN", "RST"])
 NOTED = "chat:gateway:unanswered:*"
+UNHURRIED = {"lease": 60, "first_token_timeout": 100, "gap_timeout": 60}
+"""Settings of a worker that requests no answer twice though a busy machine does not run it for seconds."""
 
 
 async def jobs(redis: Redis) -> int:
@@ -93,8 +95,10 @@ async def wait_left(redis: Redis) -> None:
 
 @pytest.fixture
 async def patient(start_gateway: StartGateway) -> Served:
-    """A gateway that sends no byte before the first entry of an answer."""
-    return await start_gateway(grace=30)
+    """A gateway that sends no byte before the first entry of an answer, and waits for what other processes know."""
+    gateway = await start_gateway(grace=30)
+    gateway.gateway.services.neighbours._patience = 60
+    return gateway
 
 
 @EITHER_WAY
@@ -310,7 +314,7 @@ async def test_a_retry_of_openais_client_attaches_to_the_first_job(
             return proxy.accepted == 2
 
         await eventually(is_tried_again)
-        await start_worker(simulator)
+        await start_worker(simulator, **UNHURRIED)
         assert await text_of(await calling) == TEXT
     assert len(simulator.served) == 1
 
@@ -332,7 +336,7 @@ async def test_a_stream_that_was_cut_is_no_second_job_of_openais_client(
     simulator = await start_simulator(
         Options(scenario=Scenario(first_token=0.0 if chunks else 60.0, rate=1, tokens=500))
     )
-    await start_worker(simulator, first_token_timeout=100)
+    await start_worker(simulator, **UNHURRIED)
     gateway = await start_gateway(grace=0.1)
     async with Proxy.before(gateway.url) as proxy, client_of(proxy.url, max_retries=2) as ai:
         stream = await ai.chat.completions.create(**BODY)  # type: ignore[call-overload]  # a dict for all arguments
@@ -384,7 +388,7 @@ async def test_a_retry_attaches_though_bytes_were_sent(
 async def test_a_retry_does_not_attach_to_an_answer_that_somebody_has_got(
     gateway: Served, redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
-    await start_worker(simulator)
+    await start_worker(simulator, **UNHURRIED)
 
     async def nobody_may_attach() -> bool:
         return not [key async for key in redis.scan_iter("chat:gateway:asked:*")]
@@ -613,7 +617,7 @@ def post(http: httpx.AsyncClient) -> Post:
 async def test_an_idempotency_key_names_one_answer(
     start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
 ) -> None:
-    await start_worker(simulator)
+    await start_worker(simulator, **UNHURRIED)
     replicas = [await start_gateway(), await start_gateway()]
     answers = await asyncio.gather(*(post(replicas[n % 2], "k") for n in range(6)))
     answers.append(await post(replicas[0], "k"))
@@ -628,7 +632,7 @@ async def test_an_idempotency_key_names_one_answer(
 async def test_two_tenants_with_the_same_key_never_meet(
     start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
 ) -> None:
-    await start_worker(simulator)
+    await start_worker(simulator, **UNHURRIED)
     gateway = await start_gateway(keys=KEYS)
     bodies = [WHOLE, WHOLE | {"seed": 1}]  # a conflict would show that the other's request is seen
     answers = [
@@ -643,7 +647,7 @@ async def test_two_tenants_with_the_same_key_never_meet(
 async def test_a_repetition_goes_on_after_any_event(
     start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
 ) -> None:
-    await start_worker(simulator)
+    await start_worker(simulator, **UNHURRIED)
     replicas = [await start_gateway(), await start_gateway()]
     body = BODY | {"stream_options": {"include_usage": True}, "n": 2, "max_tokens": 8}
     whole = [event for event in (await post(replicas[0], "k", body)).text.split("\n\n") if event.startswith("data")]
@@ -658,7 +662,7 @@ async def test_a_stream_that_is_cut_again_and_again_goes_on_live_through_two_rep
     start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=60)))
-    await start_worker(simulator, lease=60)
+    await start_worker(simulator, **UNHURRIED)
     ports = [(await start_gateway()).port, (await start_gateway()).port]
     events: list[str] = []
     ids = set[str]()
