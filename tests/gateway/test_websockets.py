@@ -8,13 +8,17 @@ import pytest
 from gateway_fixtures import Served, StartGateway
 from redis.asyncio import Redis
 from test_connections import exchange, parts
+from uvicorn.protocols.utils import ClientDisconnected
 from waits import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
 from written_log import START, WrittenLog
 
 from worker import Delta
 from worker.contract.ids import EntryId
+from worker.gateway.websocket_connections import WebSocketConnection
 
 UPGRADE = b" HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
 VERSION = b"Sec-WebSocket-Version: 13\r\n"
@@ -73,6 +77,33 @@ async def test_a_websocket_whose_client_does_not_keep_up_is_destroyed(
         dripping.cancel()
         await asyncio.wait([dripping])
     client.close()
+
+
+@pytest.mark.parametrize("cause", ["a long message", "no pong"])
+async def test_a_message_after_the_server_has_closed_by_itself_is_one_to_a_client_that_has_left(
+    gateway: Served, redis: Redis, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """The stream receives the end only in a later step of the event loop, and may write before."""
+    connections, connect_as_before = list[WebSocketConnection](), WebSocketConnection.handle_connect
+
+    def handle_connect(connection: WebSocketConnection, event: Request) -> None:
+        connections.append(connection)
+        connect_as_before(connection, event)
+
+    monkeypatch.setattr(WebSocketConnection, "handle_connect", handle_connect)
+    await WrittenLog(redis).write(START)
+    async with connect(f"ws://127.0.0.1:{gateway.port}/requests/r/ws") as opened:
+        await opened.recv()
+        (connection,) = connections
+        if cause == "no pong":
+            connection.keepalive_timeout()
+        else:
+            connection.data_received(Frame(Opcode.TEXT, b"x" * 3_000_000).serialize(mask=True))
+        with pytest.raises(ClientDisconnected):
+            await connection.send({"type": "websocket.send", "text": "[]"})
+        with pytest.raises(ConnectionClosed):
+            await opened.recv()
+        assert opened.close_code == (1011 if cause == "no pong" else 1009)
 
 
 @pytest.mark.parametrize("path", ["/events", "/nowhere", "/v1/models", "/requests"])

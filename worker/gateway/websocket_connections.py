@@ -28,3 +28,17 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             return
         super().handle_connect(event)
         cast("dict[str, object]", self.scope)[ABORT] = self.transport.abort
+
+    def handle_parser_exception(self) -> None:
+        """See uvicorn: it refuses a message of the client, and closes the connection.
+
+        uvicorn 0.54 raises `RuntimeError` where an application sends after that, and it may before it has received the
+        end. With `disconnected` it raises the `OSError` of every other client that has left.
+        """
+        super().handle_parser_exception()
+        self.disconnected = True
+
+    def keepalive_timeout(self) -> None:
+        """See uvicorn: no pong has come in time, and it closes the connection. The same holds as above."""
+        super().keepalive_timeout()
+        self.disconnected = True
