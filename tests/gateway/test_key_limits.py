@@ -15,6 +15,7 @@ from worker import Client, State
 from worker.contract.keys import Keys
 from worker.gateway.ids import new_id, owner_hash
 from worker.gateway.keys import hash_of
+from worker.gateway.limits import LOOKS_EVERY
 from worker.sandbox.simulator.server import Options, Scenario
 
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
@@ -64,6 +65,18 @@ async def test_a_request_that_ended_while_nobody_followed_does_not_count(
 
     await eventually(another_may_begin)
     assert first not in await served.gateway.services.limits.running(OWNER)
+
+
+async def test_requests_whose_ends_no_gateway_saw_are_forgotten(
+    gateway: Served, http: httpx.AsyncClient, client: Client
+) -> None:
+    """Their ids would take memory of Redis for a day."""
+    counted = gateway.gateway.services.limits.running
+    for _ in range(LOOKS_EVERY):
+        latest = (await http.post(f"{gateway.url}/requests", json={"messages": MESSAGES})).json()["id"]
+        before = await counted("")
+        await client.cancel(latest)
+    assert before == [latest]
 
 
 @pytest.mark.parametrize("own", [{}, {"Idempotency-Key": "k"}], ids=["no key", "key"])

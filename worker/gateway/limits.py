@@ -1,19 +1,21 @@
 """The limits of API keys, counted in Redis so that all replicas share them: in flight, queued, requests a minute.
 
 A tenant's requests that have not been seen to end are a sorted set. Those that have not been seen to start are another.
-The replica that sees an end removes the id. At a limit, the state of some ids is read, because a request may have
-started, or ended while nobody followed it.
+The replica that sees an end removes the id. A request may also start, or end, while nobody follows it. So the state of
+some ids is read at a limit, and of a few after every so many requests.
 """
 
 import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar, cast
 
 from ..client.async_client import Client, State
-from ..client.errors import MappedRetry
+from ..client.errors import ClientError, MappedRetry
 from ..contract.keys import Keys
 from ..redisio.batching import CommandBatcher
 from ..redisio.pipelined import pack
@@ -30,8 +32,15 @@ _EXPIRE_MS = 25 * 3600 * 1000
 _LOOKED_AT = 64
 """How many ids are looked at when a limit is reached."""
 
-_MOST = 10_000
-"""How many ids are read to choose from."""
+LOOKS_EVERY = 64
+"""The requests of an owner in this process after which some of its ids are looked at."""
+
+_LOOKS = (16, 2 * LOOKS_EVERY)
+"""How many ids are looked at then: a few, and more if many of these have ended.
+
+That is twice as many as may have come. So where nobody sees any request end, about as many ids of ended ones stay as
+there are requests that run.
+"""
 
 _ADDED_WITHIN = 120.0
 """Seconds after which a request that was counted is in its queue, or was not added."""
@@ -94,6 +103,8 @@ class Limits:
         self._retry = MappedRetry(patience)
         self._now = now
         self._full_until: dict[tuple[str, str], float] = {}
+        self._admitted = Counter[str]()
+        """The requests of each owner that this process has counted."""
 
     async def admit(self, caller: Requester, request_id: str) -> None:
         """Count a new request, or refuse it. A request that is counted already is admitted again.
@@ -107,6 +118,10 @@ class Limits:
                 verdict = await self._try(caller, request_id, is_counted=True)
         if verdict:
             raise self._refusal(verdict)
+        self._admitted[caller.owner] += 1
+        if self._admitted[caller.owner] % LOOKS_EVERY == 0:
+            with suppress(ClientError):  # the next look may succeed
+                await self._forget_unseen_ends(caller.owner)
 
     async def admit_to(self, caller: Requester, request_id: str, add: Callable[[], Awaitable[_T]]) -> _T:
         """Count a new request, and add it by `add` unless a limit refuses it; returns what `add` returns.
@@ -167,28 +182,49 @@ class Limits:
             return False
         hashed = owner_hash(owner)
         key = self._keys.running(hashed) if which == "running" else self._keys.waiting(hashed)
-
-        async def read() -> dict[str, float]:
-            found = await self._redis.zrange(key, 0, _MOST - 1, withscores=True)
-            return {request_id.decode(): score for request_id, score in cast("list[tuple[bytes, float]]", found)}
-
-        known = await self._retry(read)
-        ids = random.sample(list(known), min(_LOOKED_AT, len(known)))  # the oldest may all be long answers
-        found = await asyncio.gather(*map(self._client.status, ids))
-        gone = {State.ENDED, State.EXPIRED} if which == "running" else {State.ENDED, State.EXPIRED, State.RUNNING}
-        # A request that is being added has no log yet. If it has none later, the process that counted it has died.
-        young = (now - _ADDED_WITHIN) * 1000
-        over = [
-            request_id
-            for request_id, status in zip(ids, found, strict=True)
-            if status.state in gone or (status.state is State.UNKNOWN and known[request_id] < young)
-        ]
+        over = await self._over_among(await self._some_of(key, _LOOKED_AT), which)
         if not over:
             self._full_until = {place: until for place, until in self._full_until.items() if until > now}
             self._full_until[owner, which] = now + _FULL_FOR
             return False
         await self._retry(self._remove, [key], over)
         return True
+
+    async def _forget_unseen_ends(self, owner: str) -> None:
+        """Remove some ids of requests that have ended."""
+        for most in _LOOKS:
+            known = await self._some_of(self._keys.running(owner_hash(owner)), most)
+            over = await self._over_among(known, "running")
+            if over:
+                await self.ended(owner, *over)
+            if len(over) <= len(known) / 4:
+                return
+
+    async def _some_of(self, key: str, most: int) -> dict[str, float]:
+        """Ids that were counted one after another, from a random one on: the oldest may all be long answers.
+
+        With each is the Unix ms of its count.
+        """
+
+        async def read() -> list[tuple[bytes, float]]:
+            first = random.randint(0, max(0, await self._redis.zcard(key) - most))  # noqa: S311 - a sample
+            return cast(
+                "list[tuple[bytes, float]]", await self._redis.zrange(key, first, first + most - 1, withscores=True)
+            )
+
+        return {request_id.decode(): counted for request_id, counted in await self._retry(read)}
+
+    async def _over_among(self, known: Mapping[str, float], which: str) -> Sequence[str]:
+        """Those ids that have ended or, if `which` is `waiting`, have started."""
+        found = await asyncio.gather(*map(self._client.status, known))
+        gone = {State.ENDED, State.EXPIRED} if which == "running" else {State.ENDED, State.EXPIRED, State.RUNNING}
+        # A request that is being added has no log yet. If it has none later, the process that counted it has died.
+        young = (self._now() - _ADDED_WITHIN) * 1000
+        return [
+            request_id
+            for (request_id, counted), status in zip(known.items(), found, strict=True)
+            if status.state in gone or (status.state is State.UNKNOWN and counted < young)
+        ]
 
     async def _remove(self, keys: Sequence[str], ids: Sequence[str]) -> None:
         """Remove ids from sets of one owner, which share a slot of a cluster."""
