@@ -132,6 +132,25 @@ async def test_a_gateway_that_is_killed_under_the_page_loses_nothing(
 
 
 @with_worker
+async def test_a_proxy_that_answers_for_a_gateway_does_not_end_the_page(
+    browser: Browser, replica: Replica, client: Client, clock: SteeredClock
+) -> None:
+    """As nginx does while a gateway is restarted."""
+    clock.allow(50)
+    request_id = await ask(await browser.open(replica.url))
+    tab = await browser.open(replica.url)
+    await tab.wait("document.getElementById('model').value")
+    await tab.evaluate(
+        "void (window.fetch = async () => new Response('<html>502 Bad Gateway</html>', { status: 502 }))"
+    )
+    await tab.evaluate(f"void (location.hash = '{request_id}')")
+    await tab.wait(f"{ANSWER}?.length > 20")
+    clock.release()
+    await tab.wait(f"{STATE} === 'done'")
+    assert await tab.evaluate(ANSWER) == await text_of(client, request_id)
+
+
+@with_worker
 async def test_two_tabs_and_a_third_work_beside_six_open_answers(
     browser: Browser, replica: Replica, client: Client
 ) -> None:
