@@ -407,3 +407,11 @@ async def test_readers_of_a_job_that_never_answers_get_its_end(gateway: Served, 
         assert entries_of((await anext(events))[2])[-1]["type"] == end.type
         assert [event async for event in events] == []
         assert reader.is_whole
+
+
+@pytest.mark.parametrize(("path", "methods"), [("/requests", "GET, HEAD, POST"), ("/requests/r", "DELETE, GET, HEAD")])
+async def test_a_wrong_method_is_told_all_methods_of_its_path(
+    gateway: Served, http: httpx.AsyncClient, path: str, methods: str
+) -> None:
+    response = await http.put(gateway.url + path)
+    assert (response.status_code, response.headers["Allow"]) == (405, methods)

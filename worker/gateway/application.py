@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..client.errors import ClientError
@@ -91,9 +91,13 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - Starlette's types do not say it
-    code = error.status_code
+    code, headers = error.status_code, error.headers
+    if code == 405:  # Starlette names the methods of the first route of this path only
+        routes = [route for route in request.app.routes if isinstance(route, Route)]
+        methods = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers = {"Allow": ", ".join(sorted(set().union(*methods)))}
     problem = Problem(
-        code, _CODES.get(code, "invalid_request"), _MESSAGES.get(code, str(error.detail)), headers=error.headers
+        code, _CODES.get(code, "invalid_request"), _MESSAGES.get(code, str(error.detail)), headers=headers
     )
     return problem_response(request.scope, problem)
 
