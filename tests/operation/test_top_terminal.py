@@ -17,6 +17,7 @@ import pytest
 from command import environment, line_with, run
 from command import started as command
 from pending_jobs import append, pend
+from readers import calls
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -93,7 +94,9 @@ async def test_the_terminal_is_as_before_however_it_ends(
         assert termios.tcgetattr(program) == former
 
 
-async def test_sigterm_ends_it_with_0_though_its_terminal_is_gone(redis_url: str) -> None:
+@pytest.mark.parametrize("pictures", [0, 10], ids=["is gone", "has long been gone"])
+async def test_sigterm_ends_it_with_0_though_its_terminal_is_gone(pictures: int, redis: Redis, redis_url: str) -> None:
+    """Textual 8.2.8 waits for ever once thirty writes to the terminal have not been made: after about ten seconds."""
     with terminal() as (person, program):
         seen = bytearray()
 
@@ -105,6 +108,12 @@ async def test_sigterm_ends_it_with_0_though_its_terminal_is_gone(redis_url: str
         async with started(redis_url, program) as process:
             await eventually(is_shown)
             os.dup2(program, person)  # which closes the other end
+            before = await calls(redis, "hgetall")
+
+            async def has_drawn() -> bool:
+                return await calls(redis, "hgetall") >= before + pictures
+
+            await eventually(has_drawn, every=0.1)
             process.terminate()
             assert await process.wait() == 0
 

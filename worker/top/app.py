@@ -2,15 +2,39 @@
 
 import asyncio
 import signal
+import sys
 from contextlib import suppress
-from typing import ClassVar
+from typing import IO, Any, ClassVar
 
 from rich.traceback import Traceback
 from textual.app import App, SuspendNotSupported
 from textual.binding import Binding, BindingType
+from textual.driver import Driver
 
 from .installation import Installation
 from .overview import TALL, Overview
+
+
+class LossyFile:
+    """A terminal to write to, which drops what is written once it is gone.
+
+    The thread of Textual 8.2.8 that writes would end with an error, and after thirty more writes the application would
+    wait for it for ever: it did not end on SIGTERM.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
 
 
 class TopApp(App[None]):
@@ -37,6 +61,19 @@ class TopApp(App[None]):
     def get_default_screen(self) -> Overview:
         """See `App`."""
         return self._overview
+
+    def get_driver_class(self) -> type[Driver]:
+        """See `App`."""
+        usual = super().get_driver_class()
+
+        class LossyDriver(usual):  # type: ignore[misc, valid-type]  # the class depends on the system
+            """Writes to a terminal that may go away."""
+
+            def __init__(self, *arguments: object, **options: object) -> None:
+                super().__init__(*arguments, **options)
+                self._file: Any = LossyFile(self._file)
+
+        return usual if sys.platform == "win32" else LossyDriver
 
     def _fatal_error(self) -> None:
         """End with a traceback without variables (textual 8.2 shows them): an answer or a password may be in one."""
