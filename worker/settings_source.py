@@ -144,8 +144,9 @@ class SettingsSource(Generic[_S]):
     def _is_unknown(self, name: str) -> bool:
         """Whether a variable has the prefix, and is neither a setting nor from Kubernetes (a service of that name)."""
         name = name.upper()
-        own = {self.variable(field) for field in self.kind.model_fields}
-        return name.startswith(self.prefix) and name not in own and not re.search(r"_SERVICE_|_PORT(_|$)", name)
+        if not name.startswith(self.prefix) or re.search(r"_SERVICE_|_PORT(_|$)", name):
+            return False
+        return name not in map(self.variable, self.kind.model_fields)
 
     def _is_misspelt(self, name: str, own: str) -> bool:
         """Whether a variable's name is nearly that of a setting's. A less similar one may be another program's.
