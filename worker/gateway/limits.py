@@ -42,6 +42,9 @@ That is twice as many as may have come. So where nobody sees any request end, ab
 there are requests that run.
 """
 
+_MOST = 10_000
+"""How many ids are read at a limit, to choose from."""
+
 _ADDED_WITHIN = 120.0
 """Seconds after which a request that was counted is in its queue, or was not added."""
 
@@ -182,7 +185,7 @@ class Limits:
             return False
         hashed = owner_hash(owner)
         key = self._keys.running(hashed) if which == "running" else self._keys.waiting(hashed)
-        over = await self._over_among(await self._some_of(key, _LOOKED_AT), which)
+        over = await self._over_among(await self._some_of(key, _LOOKED_AT, among=_MOST), which)
         if not over:
             self._full_until = {place: until for place, until in self._full_until.items() if until > now}
             self._full_until[owner, which] = now + _FULL_FOR
@@ -193,26 +196,28 @@ class Limits:
     async def _forget_unseen_ends(self, owner: str) -> None:
         """Remove some ids of requests that have ended."""
         for most in _LOOKS:
-            known = await self._some_of(self._keys.running(owner_hash(owner)), most)
+            known = await self._some_of(self._keys.running(owner_hash(owner)), most, among=most)
             over = await self._over_among(known, "running")
             if over:
                 await self.ended(owner, *over)
             if len(over) <= len(known) / 4:
                 return
 
-    async def _some_of(self, key: str, most: int) -> dict[str, float]:
-        """Ids that were counted one after another, from a random one on: the oldest may all be long answers.
+    async def _some_of(self, key: str, most: int, *, among: int) -> dict[str, float]:
+        """Random ids, each with the Unix ms of its count: the oldest may all be long answers.
 
-        With each is the Unix ms of its count.
+        They are chosen from `among` that were counted one after another.
         """
 
         async def read() -> list[tuple[bytes, float]]:
-            first = random.randint(0, max(0, await self._redis.zcard(key) - most))  # noqa: S311 - a sample
+            first = random.randint(0, max(0, await self._redis.zcard(key) - among))  # noqa: S311 - a sample
             return cast(
-                "list[tuple[bytes, float]]", await self._redis.zrange(key, first, first + most - 1, withscores=True)
+                "list[tuple[bytes, float]]", await self._redis.zrange(key, first, first + among - 1, withscores=True)
             )
 
-        return {request_id.decode(): counted for request_id, counted in await self._retry(read)}
+        found = await self._retry(read)
+        chosen = random.sample(found, min(most, len(found)))
+        return {request_id.decode(): counted for request_id, counted in chosen}
 
     async def _over_among(self, known: Mapping[str, float], which: str) -> Sequence[str]:
         """Those ids that have ended or, if `which` is `waiting`, have started."""
